@@ -1,0 +1,3 @@
+//! What every backend promises, and the backends.
+
+pub mod cpu;

@@ -1,0 +1,1 @@
+//! The whole procedure: importance, placement, initialisation, stages.

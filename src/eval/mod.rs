@@ -1,0 +1,1 @@
+//! Perplexity, exact answers, KL and agreement with a teacher.

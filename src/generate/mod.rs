@@ -1,0 +1,1 @@
+//! Sampling and the scheduler of many sequences.

@@ -1,0 +1,1 @@
+//! The conversion of attention weights into Mamba weights.

@@ -1,0 +1,2 @@
+//! The `h1` program.
+fn main() {}

@@ -1,0 +1,3 @@
+//! Configuration, parameters, layers with their backward, the cache.
+
+pub mod config;

@@ -1,0 +1,1 @@
+//! Tokenizer, data sets, packing into segments.

@@ -1,0 +1,1 @@
+//! Losses, AdamW, the learning rate, the trainer.
