@@ -1,0 +1,228 @@
+//! The losses at the head of a model: reverse KL, forward KL and cross-entropy of rows of logits, in two calls.
+//!
+//! The first call sums each row's statistics, the second turns logits into their gradient. A vocabulary that is split over
+//! several holders is summed by each over its own part and [merged](RowStatistics::merge) in between.
+
+use ndarray::{Array1, ArrayView1, ArrayView2, ArrayViewMut2};
+
+use crate::Real;
+
+/// What the temperature divides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Temperature {
+    /// Student and teacher logits, as the formula of the Apriel-H1 paper.
+    Both,
+    /// The teacher's logits only, as Fast-LLM (`fast_llm/functional/entropy_loss.py`).
+    TeacherOnly,
+}
+
+/// Weights of the three losses in their sum.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LossWeights {
+    /// Of KL(student ‖ teacher).
+    pub reverse_kl: f64,
+    /// Of KL(teacher ‖ student).
+    pub forward_kl: f64,
+    /// Of the cross-entropy with the row's label.
+    pub cross_entropy: f64,
+}
+
+/// How logits become distributions, and distributions a loss. Student `p = softmax(student_scale * logits)`, teacher
+/// `q = softmax(teacher_scale * logits)`, where `teacher_scale = logits_scale / temperature`, and `student_scale` is the same or
+/// `logits_scale` alone. Without a teacher the student stands for it, so that both KLs are 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadLoss {
+    /// What is summed into the gradient.
+    pub weights: LossWeights,
+    /// Multiplies the logits of both models.
+    pub logits_scale: f64,
+    /// Above 0.
+    pub temperature: f64,
+    /// Which logits the temperature divides.
+    pub spelling: Temperature,
+    /// The token id of the first column; 0 where the vocabulary is whole.
+    pub vocab_start: usize,
+}
+
+impl HeadLoss {
+    fn student_scale<T: Real>(&self) -> T {
+        match self.spelling {
+            Temperature::Both => self.teacher_scale(),
+            Temperature::TeacherOnly => T::of(self.logits_scale),
+        }
+    }
+
+    fn teacher_scale<T: Real>(&self) -> T {
+        T::of(self.logits_scale / self.temperature)
+    }
+
+    /// The scaled logits of student and teacher in one row.
+    fn scaled_row<T: Real>(
+        &self,
+        student: ArrayView1<T>,
+        teacher: Option<ArrayView2<T>>,
+        row: usize,
+    ) -> (Array1<T>, Array1<T>) {
+        let s = student.mapv(|logit| logit * self.student_scale());
+        let t = match teacher {
+            Some(teacher) => teacher.row(row).mapv(|logit| logit * self.teacher_scale()),
+            None => s.clone(),
+        };
+        (s, t)
+    }
+
+    /// The column of a label, if it lies in this part of the vocabulary.
+    fn column(&self, label: Option<u32>, columns: usize) -> Option<usize> {
+        label.and_then(|label| (label as usize).checked_sub(self.vocab_start)).filter(|&column| column < columns)
+    }
+}
+
+/// The sums over a row's vocabulary, or over a part of it, that its losses and its gradient need. With the scaled logits `s` of
+/// the student and `t` of the teacher, `s' = s - max s` and `t' = t - max t`, over the part that was seen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowStatistics<T> {
+    /// `max s`.
+    pub student_max: T,
+    /// `Σ exp(s')`.
+    pub student_sum: T,
+    /// `max t`.
+    pub teacher_max: T,
+    /// `Σ exp(t')`.
+    pub teacher_sum: T,
+    /// `Σ exp(s') (s' - t')`.
+    pub reverse_cross: T,
+    /// `Σ exp(t') (t' - s')`.
+    pub forward_cross: T,
+    /// `s` of the row's label; -∞ where the label lies in another part, or the row has none.
+    pub label_logit: T,
+}
+
+/// The losses of one row, in nats, none of them weighted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowLosses<T> {
+    /// KL(student ‖ teacher) `= Σ p (ln p - ln q)`.
+    pub reverse_kl: T,
+    /// KL(teacher ‖ student) `= Σ q (ln q - ln p)`.
+    pub forward_kl: T,
+    /// `-ln p[label]`; 0 for a row without a label.
+    pub cross_entropy: T,
+}
+
+impl<T: Real> RowStatistics<T> {
+    fn of_row(s: ArrayView1<T>, t: ArrayView1<T>, label_logit: T) -> Self {
+        let student_max = s.iter().copied().fold(T::neg_infinity(), T::max);
+        let teacher_max = t.iter().copied().fold(T::neg_infinity(), T::max);
+        let (s, t) = (s.mapv(|s| s - student_max), t.mapv(|t| t - teacher_max));
+        Self {
+            student_max,
+            student_sum: s.mapv(T::exp).sum(),
+            teacher_max,
+            teacher_sum: t.mapv(T::exp).sum(),
+            reverse_cross: s.iter().zip(&t).map(|(&s, &t)| s.exp() * (s - t)).sum(),
+            forward_cross: s.iter().zip(&t).map(|(&s, &t)| t.exp() * (t - s)).sum(),
+            label_logit,
+        }
+    }
+
+    /// The statistics of two parts of a row's vocabulary together: maxima first, then the sums relative to them.
+    /// Commutative, and associative but for rounding.
+    pub fn merge(&self, other: &Self) -> Self {
+        let student_max = self.student_max.max(other.student_max);
+        let teacher_max = self.teacher_max.max(other.teacher_max);
+        let (a, b) = (self.relative_to(student_max, teacher_max), other.relative_to(student_max, teacher_max));
+        Self {
+            student_max,
+            student_sum: a.student_sum + b.student_sum,
+            teacher_max,
+            teacher_sum: a.teacher_sum + b.teacher_sum,
+            reverse_cross: a.reverse_cross + b.reverse_cross,
+            forward_cross: a.forward_cross + b.forward_cross,
+            label_logit: a.label_logit.max(b.label_logit),
+        }
+    }
+
+    /// The same sums, taken relative to maxima that are no smaller: `s'` falls by `max - student_max`, `t'` likewise.
+    fn relative_to(&self, student_max: T, teacher_max: T) -> Self {
+        let (ds, dt) = (self.student_max - student_max, self.teacher_max - teacher_max);
+        Self {
+            student_max,
+            student_sum: ds.exp() * self.student_sum,
+            teacher_max,
+            teacher_sum: dt.exp() * self.teacher_sum,
+            reverse_cross: ds.exp() * (self.reverse_cross + self.student_sum * (ds - dt)),
+            forward_cross: dt.exp() * (self.forward_cross + self.teacher_sum * (dt - ds)),
+            label_logit: self.label_logit,
+        }
+    }
+
+    /// The row's losses, from the statistics of its whole vocabulary.
+    ///
+    /// `reverse_kl = reverse_cross / student_sum - ln student_sum + ln teacher_sum`, forward_kl the same with the roles changed,
+    /// `cross_entropy = student_max + ln student_sum - label_logit`.
+    pub fn losses(&self) -> RowLosses<T> {
+        let log_ratio = self.teacher_sum.ln() - self.student_sum.ln();
+        let has_label = self.label_logit > T::neg_infinity();
+        RowLosses {
+            reverse_kl: self.reverse_cross / self.student_sum + log_ratio,
+            forward_kl: self.forward_cross / self.teacher_sum - log_ratio,
+            cross_entropy: if has_label {
+                self.student_max + self.student_sum.ln() - self.label_logit
+            } else {
+                T::zero()
+            },
+        }
+    }
+}
+
+/// The statistics of each row over the columns that are given.
+///
+/// Logits of student and teacher `[rows, columns]`, finite, at least one column; labels `[rows]`, token ids of the whole
+/// vocabulary, None for a row that has no cross-entropy.
+pub fn head_loss_statistics<T: Real>(
+    student: ArrayView2<T>,
+    teacher: Option<ArrayView2<T>>,
+    labels: &[Option<u32>],
+    op: &HeadLoss,
+) -> Vec<RowStatistics<T>> {
+    assert_eq!(labels.len(), student.nrows(), "head_loss: one label a row");
+    let statistics = |(row, &label)| {
+        let (s, t) = op.scaled_row(student.row(row), teacher, row);
+        let label_logit = op.column(label, s.len()).map_or(T::neg_infinity(), |column| s[column]);
+        RowStatistics::of_row(s.view(), t.view(), label_logit)
+    };
+    labels.iter().enumerate().map(statistics).collect()
+}
+
+/// Turns the student's logits `[rows, columns]` in place into the gradient of
+/// `Σ row_weight * (reverse_kl * KL(p‖q) + forward_kl * KL(q‖p) + cross_entropy * -ln p[label])`, with the factors of
+/// [`LossWeights`], statistics and row_weights `[rows]`; mask and divisor are in the row weights.
+///
+/// By the scaled logits: `p (ln p - ln q - KL(p‖q))`, `p - q`, `p - onehot(label)`; then times student_scale.
+pub fn head_loss_gradient<T: Real>(
+    mut student: ArrayViewMut2<T>,
+    teacher: Option<ArrayView2<T>>,
+    labels: &[Option<u32>],
+    statistics: &[RowStatistics<T>],
+    row_weights: &[T],
+    op: &HeadLoss,
+) {
+    let rows = student.nrows();
+    assert!(labels.len() == rows && statistics.len() == rows && row_weights.len() == rows, "head_loss: a row each");
+    let weights = op.weights;
+    let (reverse, forward) = (T::of(weights.reverse_kl), T::of(weights.forward_kl));
+    for (row, of_row) in statistics.iter().enumerate() {
+        let (s, t) = op.scaled_row(student.row(row), teacher, row);
+        let log_p = s.mapv(|s| s - of_row.student_max - of_row.student_sum.ln());
+        let log_q = t.mapv(|t| t - of_row.teacher_max - of_row.teacher_sum.ln());
+        let cross_entropy = if labels[row].is_some() { T::of(weights.cross_entropy) } else { T::zero() };
+        let label = op.column(labels[row], s.len());
+        let kl = of_row.losses().reverse_kl;
+        for column in 0..s.len() {
+            let (p, q) = (log_p[column].exp(), log_q[column].exp());
+            let target = if label == Some(column) { T::one() } else { T::zero() };
+            let by_scaled =
+                reverse * p * (log_p[column] - log_q[column] - kl) + forward * (p - q) + cross_entropy * (p - target);
+            student[[row, column]] = row_weights[row] * op.student_scale() * by_scaled;
+        }
+    }
+}
