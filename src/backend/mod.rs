@@ -1,3 +1,189 @@
 //! What every backend promises, and the backends.
+//!
+//! A [`Backend`] stands at the level of a layer's fused op. Models and trainers call it through a [`Device`], which
+//! checks every argument first, counts the launches and frees buffers; nothing above is generic over the backend.
+//!
+//! The laws, for every op:
+//! - Arguments are [`View`]s; the caller gives the outputs. An output is written whole, whatever it held before.
+//! - A sum has an order fixed by its sizes: the same call gives the same bits.
+//! - No op returns a number to the host. Numbers are read with [`Device::read`], which need not wait.
+//! - An op whose sizes were reserved allocates nothing.
 
+mod check;
 pub mod cpu;
+mod device;
+mod error;
+pub mod ops;
+mod segments;
+mod view;
+
+use check::Checked;
+pub use device::{Buffer, Device, SegmentsBuffer};
+pub use error::{Error, Result};
+pub use segments::{SEGMENT_FIELDS, Segment, Segments, SegmentsView};
+pub use view::{BufferId, DType, DeviceId, Order, Out, View, WEIGHT_ROWS, padded_rows};
+
+/// What a backend is, in words and numbers.
+#[derive(Clone, Debug)]
+pub struct BackendInfo {
+    /// `cpu`, `reference`, …
+    pub name: &'static str,
+    /// The device as a person knows it.
+    pub device: String,
+    /// The dtypes in which it stores activations and weights.
+    pub dtypes: Vec<DType>,
+    /// Tokens between two states that the scan saves for its backward.
+    pub scan_chunk: usize,
+    /// Whether a token's logits are the same bits however its sequence is cut into calls and whatever shares them.
+    pub batch_invariant: bool,
+}
+
+/// The largest sizes that calls will have; a backend reserves its scratch for them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Largest {
+    /// Rows of a call.
+    pub tokens: usize,
+    /// Segments of a call.
+    pub segments: usize,
+    /// Columns of an activation.
+    pub width: usize,
+    /// Values of a chunk of logits.
+    pub logits: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Keys of a sequence.
+    pub keys: usize,
+    /// Values of a scan's state.
+    pub state: usize,
+}
+
+/// Values on the host, in row-major order.
+#[derive(Clone, Copy, Debug)]
+pub enum HostSlice<'a> {
+    /// f32.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [half::bf16]),
+    /// IEEE half.
+    F16(&'a [half::f16]),
+    /// u32.
+    U32(&'a [u32]),
+}
+
+impl HostSlice<'_> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        match self {
+            HostSlice::F32(values) => values.len(),
+            HostSlice::Bf16(values) => values.len(),
+            HostSlice::F16(values) => values.len(),
+            HostSlice::U32(values) => values.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A read under way; [`Readback::wait`] gives its values.
+pub struct Readback(Box<dyn FnOnce() -> Result<Vec<f32>> + Send>);
+
+impl Readback {
+    /// A read that `finish` completes.
+    pub fn new(finish: impl FnOnce() -> Result<Vec<f32>> + Send + 'static) -> Self {
+        Readback(Box::new(finish))
+    }
+
+    /// Waits for the values, row-major, u32 as the f32 of the same number.
+    ///
+    /// # Errors
+    /// When the device was lost, or an op before the read failed.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        (self.0)()
+    }
+}
+
+/// What a backend implements. Its ops are called by [`Device`] alone, which has checked shapes, storage, owners and
+/// overlaps; a backend checks that views lie in their buffers, and says [`Error::Unsupported`] for what it cannot do.
+/// Shapes, formulas and what is saved stand at each op's arguments in [`ops`].
+pub trait Backend: Send + Sync {
+    /// What it is.
+    fn info(&self) -> &BackendInfo;
+    /// A new buffer of `len` values, all 0.
+    fn alloc(&self, dtype: DType, len: usize) -> Result<BufferId>;
+    /// Gives a buffer back; views of it are errors from now on.
+    fn free(&self, buffer: BufferId);
+    /// Makes scratch for calls up to these sizes.
+    fn reserve(&self, largest: &Largest) -> Result<()>;
+    /// Row-major values of the host into a view, cast to its dtype and put into its order; padding becomes 0.
+    fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()>;
+    /// Starts to read a view.
+    fn read(&self, src: View) -> Result<Readback>;
+
+    /// See [`ops::Embed`].
+    fn embed(&self, op: &ops::Embed) -> Result<()>;
+    /// See [`ops::EmbedBackward`].
+    fn embed_backward(&self, op: &ops::EmbedBackward) -> Result<()>;
+    /// See [`ops::RmsNorm`].
+    fn rms_norm(&self, op: &ops::RmsNorm) -> Result<()>;
+    /// See [`ops::RmsNormBackward`].
+    fn rms_norm_backward(&self, op: &ops::RmsNormBackward) -> Result<()>;
+    /// See [`ops::Linear`].
+    fn linear(&self, op: &ops::Linear) -> Result<()>;
+    /// See [`ops::LinearBackwardInput`].
+    fn linear_backward_input(&self, op: &ops::LinearBackwardInput) -> Result<()>;
+    /// See [`ops::LinearBackwardWeight`].
+    fn linear_backward_weight(&self, op: &ops::LinearBackwardWeight) -> Result<()>;
+    /// See [`ops::Swiglu`].
+    fn swiglu(&self, op: &ops::Swiglu) -> Result<()>;
+    /// See [`ops::SwigluBackward`].
+    fn swiglu_backward(&self, op: &ops::SwigluBackward) -> Result<()>;
+    /// See [`ops::Rope`].
+    fn rope(&self, op: &ops::Rope) -> Result<()>;
+    /// See [`ops::Attention`].
+    fn attention(&self, op: &ops::Attention) -> Result<()>;
+    /// See [`ops::AttentionBackward`].
+    fn attention_backward(&self, op: &ops::AttentionBackward) -> Result<()>;
+    /// See [`ops::PageWrite`].
+    fn page_write(&self, op: &ops::PageWrite) -> Result<()>;
+    /// See [`ops::Conv1d`].
+    fn conv1d(&self, op: &ops::Conv1d) -> Result<()>;
+    /// See [`ops::Conv1dBackward`].
+    fn conv1d_backward(&self, op: &ops::Conv1dBackward) -> Result<()>;
+    /// See [`ops::NegExp`].
+    fn neg_exp(&self, op: &ops::NegExp) -> Result<()>;
+    /// See [`ops::NegExpBackward`].
+    fn neg_exp_backward(&self, op: &ops::NegExpBackward) -> Result<()>;
+    /// See [`ops::SelectiveScan`].
+    fn selective_scan(&self, op: &ops::SelectiveScan) -> Result<()>;
+    /// See [`ops::SelectiveScanBackward`].
+    fn selective_scan_backward(&self, op: &ops::SelectiveScanBackward) -> Result<()>;
+    /// See [`ops::HeadLoss`].
+    fn head_loss(&self, op: &ops::HeadLoss) -> Result<()>;
+    /// See [`ops::HeadLossGradient`].
+    fn head_loss_gradient(&self, op: &ops::HeadLossGradient) -> Result<()>;
+    /// See [`ops::Argmax`].
+    fn argmax(&self, op: &ops::Argmax) -> Result<()>;
+    /// See [`ops::Sample`].
+    fn sample(&self, op: &ops::Sample) -> Result<()>;
+    /// See [`ops::Gather`].
+    fn gather(&self, op: &ops::Gather) -> Result<()>;
+    /// See [`ops::ScatterAdd`].
+    fn scatter_add(&self, op: &ops::ScatterAdd) -> Result<()>;
+    /// See [`ops::Copy`].
+    fn copy(&self, op: &ops::Copy) -> Result<()>;
+    /// See [`ops::Fill`].
+    fn fill(&self, op: &ops::Fill) -> Result<()>;
+    /// See [`ops::Scale`].
+    fn scale(&self, op: &ops::Scale) -> Result<()>;
+    /// See [`ops::WeightedSum`].
+    fn weighted_sum(&self, op: &ops::WeightedSum) -> Result<()>;
+    /// See [`ops::SquaredNorm`].
+    fn squared_norm(&self, op: &ops::SquaredNorm) -> Result<()>;
+    /// See [`ops::ClipFactor`].
+    fn clip_factor(&self, op: &ops::ClipFactor) -> Result<()>;
+    /// See [`ops::AdamW`].
+    fn adamw(&self, op: &ops::AdamW) -> Result<()>;
+}
