@@ -1,1 +1,4 @@
 //! The CPU backend.
+
+pub mod math;
+pub mod simd;
