@@ -1,6 +1,8 @@
 //! Tokenizer, data sets, packing into segments.
 
 pub mod arithmetic;
+pub mod characters;
+pub mod tokenizer;
 
 use sha2::{Digest, Sha256};
 
