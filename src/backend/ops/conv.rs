@@ -107,7 +107,7 @@ pub struct Conv1dBackward {
     /// The shape of `projected`; only the columns of x are written.
     pub dprojected: View,
     /// `[filters, width]` f32; adds.
-    pub dweight: View,
+    pub dweight: Option<View>,
     /// `[1, filters]` f32; adds.
     pub dbias: Option<View>,
     /// `[slots, channels_in·width]` f32: the gradient of the state before each segment, 0 where past = 0.
@@ -127,7 +127,7 @@ impl Checked for Conv1dBackward {
         check.input("dout", self.dout, tokens, shape.channels_out())?;
         check.state_grads(self.dstate_out, self.dstate_in, shape.state())?;
         check.output("dprojected", self.dprojected, tokens, self.projected.cols)?;
-        check.output("dweight", self.dweight, shape.filters(), shape.width)?;
+        check.maybe_output("dweight", self.dweight, shape.filters(), shape.width)?;
         check.maybe_output("dbias", self.dbias, 1, shape.filters())?;
         check.finish()
     }
