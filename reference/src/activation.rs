@@ -27,3 +27,34 @@ pub fn softplus<T: Real>(a: T) -> T {
 pub fn softplus_derivative<T: Real>(a: T) -> T {
     if a > T::of(20.0) { T::one() } else { sigmoid(a) }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::Array1;
+
+    use super::*;
+    use crate::testing::assert_gradient;
+
+    #[test]
+    fn derivatives_are_certified_on_both_sides_of_softplus_threshold() {
+        let at = Array1::from(vec![-30.0, -5.0, -0.5, 0.0, 0.5, 5.0, 19.0, 21.0, 30.0]);
+        let certify = |what, f: fn(f64) -> f64, derivative: fn(f64) -> f64| {
+            assert_gradient(what, &at, &at.mapv(derivative), |at| at.mapv(f).sum());
+        };
+        certify("silu", silu, silu_derivative);
+        certify("softplus", softplus, softplus_derivative);
+        certify("sigmoid", sigmoid, |a| sigmoid(a) * sigmoid(-a));
+    }
+
+    #[test]
+    fn extremes_stay_finite_in_f32() {
+        for a in [-1e4f32, -100.0, 100.0, 1e4] {
+            for value in [sigmoid(a), silu(a), silu_derivative(a), softplus(a), softplus_derivative(a)] {
+                assert!(value.is_finite(), "{a}: {value}");
+            }
+        }
+        assert_eq!(softplus(1e4f32), 1e4);
+        assert_eq!(silu(1e4f32), 1e4);
+        assert_eq!(silu(-1e4f32), 0.0);
+    }
+}

@@ -41,3 +41,69 @@ pub fn adamw<T: Real>(param: &mut [T], grad: &[T], first: &mut [T], second: &mut
         param[i] = param[i] * T::of(1.0 - update.lr * update.weight_decay) - T::of(update.lr) * direction;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    const UPDATE: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1, clip: 1.0 };
+
+    proptest! {
+        /// The moments in closed form: `m_t = (1-beta) Σ_i beta^(t-i) g_i`, and decoupled decay of the parameter.
+        #[test]
+        fn steps_are_those_of_the_moments_written_out(steps in 1..6u32, clip in 0.1..1.0, seed: u64) {
+            let gradients: Vec<f64> = Noise(seed).array(steps as usize).to_vec();
+            let (mut param, mut first, mut second) = (vec![0.5], vec![0.0], vec![0.0]);
+            let mut want = 0.5;
+            for step in 1..=steps {
+                let update = AdamW { step, clip, ..UPDATE };
+                adamw(&mut param, &gradients[step as usize - 1..][..1], &mut first, &mut second, &update);
+                let moment = |beta: f64, power: i32| {
+                    let sum: f64 = (1..=step)
+                        .map(|i| beta.powi((step - i) as i32) * (clip * gradients[i as usize - 1]).powi(power))
+                        .sum();
+                    (1.0 - beta) * sum / (1.0 - beta.powi(step as i32))
+                };
+                want -= UPDATE.lr * UPDATE.weight_decay * want;
+                want -= UPDATE.lr * moment(UPDATE.beta1, 1) / (moment(UPDATE.beta2, 2).sqrt() + UPDATE.eps);
+                assert!((param[0] - want).abs() < 1e-12, "step {step}: {} {want}", param[0]);
+            }
+        }
+
+        #[test]
+        fn the_first_step_is_the_learning_rate_in_the_direction_of_the_sign(n in size(), seed: u64) {
+            let gradient: Vec<f64> = Noise(seed).array(n).to_vec();
+            let mut param = vec![0.0; n];
+            adamw(&mut param, &gradient, &mut vec![0.0; n], &mut vec![0.0; n], &AdamW { eps: 0.0, ..UPDATE });
+            for (param, gradient) in param.iter().zip(&gradient) {
+                assert!((param + UPDATE.lr * gradient.signum()).abs() < 1e-12);
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_gradient_a_parameter_decays_and_nothing_else() {
+        let (mut param, mut first, mut second) = ([2.0f64], [0.0], [0.0]);
+        adamw(&mut param, &[0.0], &mut first, &mut second, &UPDATE);
+        assert_eq!((param, first, second), ([2.0 * (1.0 - 1e-4)], [0.0], [0.0]));
+    }
+
+    #[test]
+    fn a_step_that_is_not_finite_changes_nothing() {
+        for update in [AdamW { clip: f64::NAN, ..UPDATE }, AdamW { lr: f64::INFINITY, ..UPDATE }] {
+            let (mut param, mut first, mut second) = ([2.0f32], [0.3], [0.4]);
+            adamw(&mut param, &[1.0], &mut first, &mut second, &update);
+            assert_eq!((param, first, second), ([2.0], [0.3], [0.4]));
+        }
+    }
+
+    #[test]
+    fn second_moment_keeps_its_digits_in_f32() {
+        let (mut param, mut first, mut second) = ([0.0f32], [0.0], [0.0]);
+        adamw(&mut param, &[1.0], &mut first, &mut second, &AdamW { beta2: 0.999, ..UPDATE });
+        assert_eq!(second, [0.001]);
+    }
+}

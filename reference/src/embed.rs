@@ -15,3 +15,22 @@ pub fn embed_backward<T: Real>(ids: &[u32], dy: ArrayView2<T>, vocab_size: usize
     scatter_add(dweight.view_mut(), ids, dy);
     dweight
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    proptest! {
+        #[test]
+        fn gradient_is_certified(vocab in size(), width in size(), n in 0..6usize, seed: u64) {
+            let mut noise = Noise(seed);
+            let ids: Vec<u32> = (0..n).map(|_| noise.below(vocab) as u32).collect();
+            let (weight, dy) = (noise.array((vocab, width)), noise.array((n, width)));
+            let dweight = embed_backward(&ids, dy.view(), vocab);
+            assert_gradient("dweight", &weight, &dweight, |weight| project(&embed(&ids, weight.view()), &dy));
+        }
+    }
+}

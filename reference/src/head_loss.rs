@@ -226,3 +226,184 @@ pub fn head_loss_gradient<T: Real>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, Axis, s};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    const ALL: LossWeights = LossWeights { reverse_kl: 0.7, forward_kl: 0.4, cross_entropy: 0.3 };
+    const PLAIN: HeadLoss =
+        HeadLoss { weights: ALL, logits_scale: 1.0, temperature: 1.0, spelling: Temperature::Both, vocab_start: 0 };
+
+    fn losses(
+        student: &Array2<f64>,
+        teacher: Option<&Array2<f64>>,
+        labels: &[Option<u32>],
+        op: &HeadLoss,
+    ) -> Vec<RowLosses<f64>> {
+        let teacher = teacher.map(|teacher| teacher.view());
+        head_loss_statistics(student.view(), teacher, labels, op).iter().map(RowStatistics::losses).collect()
+    }
+
+    fn assert_near(got: f64, want: f64) {
+        assert!((got - want).abs() <= 1e-12 * want.abs().max(1.0), "{got} {want}");
+    }
+
+    /// Rows of logits of a student and a teacher, and labels, some of them absent.
+    fn rows(rows: usize, vocab: usize, seed: u64) -> (Array2<f64>, Array2<f64>, Vec<Option<u32>>) {
+        let mut noise = Noise(seed);
+        let (student, teacher) = (noise.array((rows, vocab)) * 2.0, noise.array((rows, vocab)) * 2.0);
+        let labels = (0..rows).map(|_| (noise.below(4) > 0).then(|| noise.below(vocab) as u32)).collect();
+        (student, teacher, labels)
+    }
+
+    fn settings() -> impl Strategy<Value = HeadLoss> {
+        let weights = prop::sample::select(vec![
+            LossWeights { reverse_kl: 1.0, forward_kl: 0.0, cross_entropy: 0.0 },
+            LossWeights { reverse_kl: 0.0, forward_kl: 1.0, cross_entropy: 0.0 },
+            LossWeights { reverse_kl: 0.0, forward_kl: 0.0, cross_entropy: 1.0 },
+            ALL,
+        ]);
+        let spelling = prop::sample::select(vec![Temperature::Both, Temperature::TeacherOnly]);
+        (weights, 0.5..2.0, 0.5..2.0, spelling).prop_map(|(weights, logits_scale, temperature, spelling)| HeadLoss {
+            weights,
+            logits_scale,
+            temperature,
+            spelling,
+            vocab_start: 0,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn gradient_is_certified(
+            n in 0..4usize, vocab in size(), op in settings(), has_teacher: bool, seed: u64,
+        ) {
+            let (student, teacher, labels) = rows(n, vocab, seed);
+            let teacher = has_teacher.then_some(&teacher);
+            let row_weights: Vec<f64> = Noise(!seed).array(n).to_vec();
+            let mut gradient = student.clone();
+            let teacher_view = teacher.map(|teacher| teacher.view());
+            let statistics = head_loss_statistics(student.view(), teacher_view, &labels, &op);
+            head_loss_gradient(gradient.view_mut(), teacher_view, &labels, &statistics, &row_weights, &op);
+            assert_gradient("dstudent", &student, &gradient, |student| {
+                let weighted = |losses: &RowLosses<f64>| {
+                    op.weights.reverse_kl * losses.reverse_kl
+                        + op.weights.forward_kl * losses.forward_kl
+                        + op.weights.cross_entropy * losses.cross_entropy
+                };
+                let losses = losses(student, teacher, &labels, &op);
+                losses.iter().zip(&row_weights).map(|(losses, weight)| weight * weighted(losses)).sum()
+            });
+        }
+
+        #[test]
+        fn losses_are_the_textbook_sums(vocab in size(), op in settings(), seed: u64) {
+            let (student, teacher, labels) = rows(3, vocab, seed);
+            let softmax = |logits: &Array2<f64>, scale: f64, row: usize| {
+                let exp = logits.row(row).mapv(|logit| (logit * scale).exp());
+                &exp / exp.sum()
+            };
+            let teacher_scale = op.logits_scale / op.temperature;
+            let student_scale = if op.spelling == Temperature::Both { teacher_scale } else { op.logits_scale };
+            for (row, losses) in losses(&student, Some(&teacher), &labels, &op).iter().enumerate() {
+                let (p, q) = (softmax(&student, student_scale, row), softmax(&teacher, teacher_scale, row));
+                assert_near(losses.reverse_kl, (&p * (&p / &q).ln()).sum());
+                assert_near(losses.forward_kl, (&q * (&q / &p).ln()).sum());
+                assert_near(losses.cross_entropy, labels[row].map_or(0.0, |label| -p[label as usize].ln()));
+            }
+        }
+
+        #[test]
+        fn divergences_are_not_negative_and_zero_at_equality(vocab in size(), seed: u64) {
+            let (student, teacher, labels) = rows(3, vocab, seed);
+            for losses in losses(&student, Some(&teacher), &labels, &PLAIN) {
+                assert!(losses.reverse_kl >= -1e-14 && losses.forward_kl >= -1e-14);
+                assert!(vocab == 1 || losses.reverse_kl > 0.0 && losses.forward_kl > 0.0);
+            }
+            for teacher in [Some(&student), None] {
+                for losses in losses(&student, teacher, &labels, &PLAIN) {
+                    assert_eq!((losses.reverse_kl, losses.forward_kl), (0.0, 0.0));
+                }
+            }
+        }
+
+        #[test]
+        fn a_shift_of_logits_changes_nothing(
+            vocab in size(), op in settings(), by_student in -50.0..50.0, by_teacher in -50.0..50.0, seed: u64,
+        ) {
+            let (student, teacher, labels) = rows(3, vocab, seed);
+            let shifted = losses(&(&student + by_student), Some(&(&teacher + by_teacher)), &labels, &op);
+            for (got, want) in shifted.iter().zip(losses(&student, Some(&teacher), &labels, &op)) {
+                assert_near(got.reverse_kl, want.reverse_kl);
+                assert_near(got.forward_kl, want.forward_kl);
+                assert_near(got.cross_entropy, want.cross_entropy);
+            }
+        }
+
+        #[test]
+        fn reverse_kl_is_forward_kl_with_the_roles_changed(vocab in size(), seed: u64) {
+            let (student, teacher, labels) = rows(3, vocab, seed);
+            let changed = losses(&teacher, Some(&student), &labels, &PLAIN);
+            for (one, other) in losses(&student, Some(&teacher), &labels, &PLAIN).iter().zip(changed) {
+                assert_near(one.reverse_kl, other.forward_kl);
+                assert_near(one.forward_kl, other.reverse_kl);
+            }
+        }
+
+        #[test]
+        fn a_split_vocabulary_merged_equals_the_whole(
+            vocab in 2..12usize, at in 0..100usize, op in settings(), has_teacher: bool, seed: u64,
+        ) {
+            let at = 1 + at % (vocab - 1);
+            let (student, teacher, labels) = rows(3, vocab, seed);
+            let row_weights = [0.5, 0.0, 2.0];
+            let part = |x: &Array2<f64>, from: usize, to: usize| x.slice(s![.., from..to]).to_owned();
+            let statistics = |from: usize, to: usize| {
+                let (student, teacher) = (part(&student, from, to), part(&teacher, from, to));
+                let op = HeadLoss { vocab_start: from, ..op };
+                head_loss_statistics(student.view(), has_teacher.then_some(teacher.view()), &labels, &op)
+            };
+            let gradient = |from: usize, to: usize, statistics: &[RowStatistics<f64>]| {
+                let (mut student, teacher) = (part(&student, from, to), part(&teacher, from, to));
+                let op = HeadLoss { vocab_start: from, ..op };
+                let teacher = has_teacher.then_some(teacher.view());
+                head_loss_gradient(student.view_mut(), teacher, &labels, statistics, &row_weights, &op);
+                student
+            };
+            let whole = statistics(0, vocab);
+            let merge = |a: Vec<RowStatistics<f64>>, b: Vec<RowStatistics<f64>>| -> Vec<_> {
+                a.iter().zip(&b).map(|(a, b)| a.merge(b)).collect()
+            };
+            let merged = merge(statistics(0, at), statistics(at, vocab));
+            assert_eq!(merged, merge(statistics(at, vocab), statistics(0, at)));
+            for (got, want) in merged.iter().zip(&whole) {
+                assert_eq!((got.student_max, got.teacher_max), (want.student_max, want.teacher_max));
+                assert_eq!(got.label_logit, want.label_logit);
+                assert_near(got.student_sum, want.student_sum);
+                assert_near(got.teacher_sum, want.teacher_sum);
+                assert_near(got.reverse_cross, want.reverse_cross);
+                assert_near(got.forward_cross, want.forward_cross);
+            }
+            let halves = [gradient(0, at, &merged), gradient(at, vocab, &merged)];
+            let joined = ndarray::concatenate(Axis(1), &[halves[0].view(), halves[1].view()]).unwrap();
+            assert_close("gradient", &joined, &gradient(0, vocab, &whole), 1e-12);
+        }
+    }
+
+    #[test]
+    fn far_apart_peaks_stay_finite_in_f32() {
+        let student = ndarray::array![[300.0f32, 0.0, -300.0]];
+        let teacher = ndarray::array![[-300.0f32, 0.0, 300.0]];
+        let statistics = head_loss_statistics(student.view(), Some(teacher.view()), &[Some(2)], &PLAIN);
+        let losses = statistics[0].losses();
+        assert_eq!((losses.reverse_kl, losses.forward_kl, losses.cross_entropy), (600.0, 600.0, 600.0));
+        let mut gradient = student.clone();
+        head_loss_gradient(gradient.view_mut(), Some(teacher.view()), &[Some(2)], &statistics, &[1.0], &PLAIN);
+        assert!(gradient.iter().all(|value| value.is_finite()));
+    }
+}

@@ -28,6 +28,8 @@ mod sample;
 mod segment;
 mod selective_scan;
 mod swiglu;
+#[cfg(test)]
+mod testing;
 
 pub use activation::{sigmoid, silu, silu_derivative, softplus, softplus_derivative};
 pub use adamw::{AdamW, adamw};

@@ -56,3 +56,69 @@ pub fn attention_paged<T: Real>(
     let v = page_read(v_pool, segments, table, page_size);
     attention(q, k.view(), v.view(), segments, op)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    proptest! {
+        #[test]
+        fn keys_written_page_by_page_in_two_calls_equal_keys_end_to_end(
+            segments in segments(),
+            page_size in size(),
+            window in prop::option::of(1..=4usize),
+            seed: u64,
+        ) {
+            let (head_dim, q_width, kv_width) = (2, 8, 4);
+            let mut noise = Noise(seed);
+            let op = Attention { head_dim, window, scale: 0.7 };
+            let kv_tokens = segments.iter().map(Segment::kv_len).sum();
+            let q = noise.array((tokens(&segments), q_width));
+            let (k, v) = (noise.array((kv_tokens, kv_width)), noise.array((kv_tokens, kv_width)));
+
+            // Pages are dealt from the back of the pool, in turns, so that no sequence has a contiguous run.
+            let most = segments.iter().map(|segment| segment.kv_len().div_ceil(page_size)).max().unwrap_or(0);
+            let pages = most * segments.len();
+            let table = Array2::from_shape_fn((segments.len(), most), |(s, page)| {
+                (pages - 1 - (page * segments.len() + s)) as u32
+            });
+            let mut pools = [noise.array((pages * page_size, kv_width)), noise.array((pages * page_size, kv_width))];
+            for (pool, keys) in pools.iter_mut().zip([&k, &v]) {
+                let starts = crate::kv_starts(&segments);
+                let past: Vec<Segment> = segments
+                    .iter()
+                    .zip(&starts)
+                    .map(|(segment, &start)| Segment { start, len: segment.past, past: 0 })
+                    .collect();
+                let own: Vec<Segment> = segments
+                    .iter()
+                    .zip(&starts)
+                    .map(|(segment, &start)| Segment { start: start + segment.past, ..*segment })
+                    .collect();
+                page_write(pool.view_mut(), keys.view(), &past, table.view(), page_size);
+                page_write(pool.view_mut(), keys.view(), &own, table.view(), page_size);
+                assert_eq!(page_read(pool.view(), &segments, table.view(), page_size), keys);
+            }
+            let paged =
+                attention_paged(q.view(), pools[0].view(), pools[1].view(), &segments, table.view(), page_size, &op);
+            assert_eq!(paged, attention(q.view(), k.view(), v.view(), &segments, &op));
+        }
+    }
+
+    #[test]
+    fn a_write_touches_its_own_rows_only() {
+        let mut pool = Array2::zeros((6, 1));
+        let segments = [Segment { start: 0, len: 2, past: 1 }];
+        page_write(
+            pool.view_mut(),
+            ndarray::array![[5.0f32], [7.0]].view(),
+            &segments,
+            ndarray::array![[2, 0]].view(),
+            2,
+        );
+        assert_eq!(pool, ndarray::array![[7.0], [0.0], [0.0], [0.0], [0.0], [5.0]]);
+    }
+}

@@ -43,3 +43,37 @@ pub fn rms_norm_backward<T: Real>(
     }
     (dx, dweight)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    proptest! {
+        #[test]
+        fn gradients_are_certified(tokens in 0..4usize, width in size(), seed: u64) {
+            const EPS: f64 = 1e-2;
+            let mut noise = Noise(seed);
+            let (x, weight) = (noise.array((tokens, width)), noise.array(width));
+            let dy = noise.array((tokens, width));
+            let (_, rstd) = rms_norm(x.view(), weight.view(), EPS);
+            let (dx, dweight) = rms_norm_backward(x.view(), weight.view(), rstd.view(), dy.view());
+            assert_gradient("dx", &x, &dx, |x| project(&rms_norm(x.view(), weight.view(), EPS).0, &dy));
+            assert_gradient("dweight", &weight, &dweight, |w| project(&rms_norm(x.view(), w.view(), EPS).0, &dy));
+        }
+
+        #[test]
+        fn output_has_mean_square_one_whatever_the_scale_of_the_input(width in size(), scale in 0.1..10.0, seed: u64) {
+            let x: Array2<f64> = Noise(seed).array_in((3, width), 0.5, 1.5);
+            let (y, rstd) = rms_norm(x.view(), Array1::ones(width).view(), 0.0);
+            for (t, row) in y.rows().into_iter().enumerate() {
+                assert!((row.dot(&row) / width as f64 - 1.0).abs() < 1e-12);
+                assert!((rstd[t].powi(-2) - x.row(t).dot(&x.row(t)) / width as f64).abs() < 1e-12);
+            }
+            let scaled = rms_norm(x.mapv(|x| x * scale).view(), Array1::ones(width).view(), 0.0).0;
+            assert_close("y", &scaled, &y, 1e-12);
+        }
+    }
+}

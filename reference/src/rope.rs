@@ -78,3 +78,91 @@ fn rotate<T: Real>(x: ArrayView2<T>, head_dim: usize, positions: &[u32], inv_fre
     }
     y
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    const THETA: f64 = 1e4;
+
+    fn positions(noise: &mut Noise, tokens: usize) -> Vec<u32> {
+        (0..tokens).map(|_| noise.below(5000) as u32).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn inverse_is_the_gradient_and_undoes_the_rotation(tokens in 0..4usize, heads in size(), half in size(), seed: u64) {
+            let mut noise = Noise(seed);
+            let (head_dim, width) = (2 * half, heads * 2 * half);
+            let (frequencies, positions) = (inv_freq(head_dim, THETA), positions(&mut noise, tokens));
+            let (x, dy) = (noise.array((tokens, width)), noise.array((tokens, width)));
+            let forward = |x: &Array2<f64>| rope(x.view(), head_dim, &positions, &frequencies);
+            let backward = |y: &Array2<f64>| rope_inverse(y.view(), head_dim, &positions, &frequencies);
+            assert_gradient("dx", &x, &backward(&dy), |x| project(&forward(x), &dy));
+            assert_close("x", &backward(&forward(&x)), &x, 1e-12);
+        }
+
+        #[test]
+        fn norms_stay_and_products_depend_on_relative_positions_only(half in size(), shift in 1..1000u32, seed: u64) {
+            let mut noise = Noise(seed);
+            let (head_dim, tokens) = (2 * half, 3);
+            let (frequencies, positions) = (inv_freq(head_dim, THETA), positions(&mut noise, tokens));
+            let shifted: Vec<u32> = positions.iter().map(|position| position + shift).collect();
+            let x = noise.array((tokens, head_dim));
+            let products = |positions: &[u32]| {
+                let y = rope(x.view(), head_dim, positions, &frequencies);
+                y.dot(&y.t())
+            };
+            assert_close("products", &products(&shifted), &products(&positions), 1e-10);
+            assert_close("norms", &products(&positions).diag().to_owned(), &x.dot(&x.t()).diag().to_owned(), 1e-12);
+        }
+
+        #[test]
+        fn position_zero_changes_nothing(tokens in size(), half in size(), seed: u64) {
+            let x = Noise(seed).array((tokens, 2 * half));
+            let y = rope(x.view(), 2 * half, &vec![0; tokens], &inv_freq(2 * half, THETA));
+            assert_eq!(y, x);
+        }
+
+        #[test]
+        fn llama3_scaling_keeps_short_waves_stretches_long_ones_and_falls_between(half in size(), factor in 1.0..32.0) {
+            let scaling = Llama3Scaling {
+                factor,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 512.0,
+            };
+            let plain = inv_freq(2 * half + 32, 5e5);
+            let scaled = scaling.apply(&plain);
+            for (&plain, &scaled) in plain.iter().zip(&scaled) {
+                let wavelength = TAU / plain;
+                if wavelength > 512.0 {
+                    assert_eq!(scaled, plain / factor);
+                } else if wavelength < 128.0 {
+                    assert_eq!(scaled, plain);
+                } else {
+                    assert!(plain / factor <= scaled * (1.0 + 1e-12) && scaled <= plain * (1.0 + 1e-12));
+                }
+            }
+            assert!(scaled.windows(2).all(|pair| pair[0] > pair[1]), "frequencies stay in order");
+        }
+    }
+
+    #[test]
+    fn frequencies_fall_geometrically_from_one() {
+        let frequencies = inv_freq(8, 1e4);
+        for (got, want) in frequencies.iter().zip([1.0, 0.1, 0.01, 0.001]) {
+            assert!((got - want).abs() < 1e-15, "{got} {want}");
+        }
+        assert_eq!(frequencies.len(), 4);
+    }
+
+    #[test]
+    fn a_quarter_turn_takes_the_first_half_to_the_second() {
+        let y = rope(ndarray::array![[1.0f64, 0.0]].view(), 2, &[1], &[TAU / 4.0]);
+        assert!(y[[0, 0]].abs() < 1e-15 && (y[[0, 1]] - 1.0).abs() < 1e-15);
+    }
+}

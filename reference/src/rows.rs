@@ -18,3 +18,32 @@ pub fn scatter_add<T: Real>(mut y: ArrayViewMut2<T>, index: &[u32], x: ArrayView
         target += &values;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    proptest! {
+        #[test]
+        fn scatter_add_is_the_adjoint_of_gather(rows in size(), width in size(), n in 0..6usize, seed: u64) {
+            let mut noise = Noise(seed);
+            let index: Vec<u32> = (0..n).map(|_| noise.below(rows) as u32).collect();
+            let (x, dy) = (noise.array((rows, width)), noise.array((n, width)));
+            let mut dx = Array2::zeros((rows, width));
+            scatter_add(dx.view_mut(), &index, dy.view());
+            assert_gradient("dx", &x, &dx, |x| project(&gather(x.view(), &index), &dy));
+        }
+    }
+
+    #[test]
+    fn an_index_that_occurs_twice_is_added_twice() {
+        let mut y = array![[1.0f32], [2.0]];
+        scatter_add(y.view_mut(), &[1, 1], array![[10.0], [100.0]].view());
+        assert_eq!(y, array![[1.0], [112.0]]);
+        assert_eq!(gather(y.view(), &[1, 0, 1]), array![[112.0], [1.0], [112.0]]);
+    }
+}

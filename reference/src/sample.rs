@@ -52,3 +52,55 @@ fn sample_of_row<T: Real>(logits: ArrayView1<T>, temperature: T, uniform: T) -> 
     // A uniform number that rounds up to 1 in `T` passes every sum.
     weights.iter().rposition(|&weight| weight > T::zero()).unwrap_or(0) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{Array2, array};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::*;
+
+    proptest! {
+        #[test]
+        fn evenly_spaced_numbers_draw_each_token_as_often_as_its_probability(
+            vocab in size(), temperature in 0.3..3.0, seed: u64,
+        ) {
+            const DRAWS: usize = 1000;
+            let row: Array2<f64> = Noise(seed).array((1, vocab));
+            let uniform: Vec<f64> = (0..DRAWS).map(|i| (i as f64 + 0.5) / DRAWS as f64).collect();
+            let drawn = sample(row.broadcast((DRAWS, vocab)).unwrap(), temperature, &uniform);
+            assert!(drawn.is_sorted(), "in the order of indices");
+            let weights = row.mapv(|logit| (logit / temperature).exp());
+            for (token, weight) in weights.iter().enumerate() {
+                let count = drawn.iter().filter(|&&drawn| drawn as usize == token).count();
+                let want = weight / weights.sum() * DRAWS as f64;
+                assert!((count as f64 - want).abs() <= 1.0, "{count} {want}");
+            }
+        }
+
+        #[test]
+        fn temperature_zero_is_argmax_whatever_the_number(vocab in size(), uniform in 0.0..1.0, seed: u64) {
+            let logits: Array2<f64> = Noise(seed).array((2, vocab));
+            let best = argmax(logits.view());
+            assert_eq!(sample(logits.view(), 0.0, &[uniform, 0.0]), best);
+            for (row, &best) in logits.rows().into_iter().zip(&best) {
+                assert!(row.iter().all(|&logit| logit <= row[best as usize]));
+            }
+        }
+    }
+
+    #[test]
+    fn the_lowest_index_wins_a_tie() {
+        let logits = array![[1.0f32, 3.0, 3.0], [f32::NAN, 2.0, 1.0], [f32::NAN, f32::NAN, f32::NAN]];
+        assert_eq!(argmax(logits.view()), [1, 1, 0]);
+    }
+
+    #[test]
+    fn a_token_without_probability_is_never_drawn() {
+        let logits = array![[f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY]];
+        for uniform in [0.0, 0.5, 1.0 - f32::EPSILON, 1.0] {
+            assert_eq!(sample(logits.view(), 1.0, &[uniform]), [1]);
+        }
+    }
+}

@@ -39,3 +39,22 @@ pub fn kv_starts(segments: &[Segment]) -> Vec<usize> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::segments;
+
+    proptest! {
+        #[test]
+        fn keys_of_segments_lie_end_to_end(segments in segments()) {
+            let mut end = 0;
+            for (segment, start) in segments.iter().zip(kv_starts(&segments)) {
+                assert_eq!(start, end);
+                end = start + segment.past + segment.rows().len();
+            }
+        }
+    }
+}
