@@ -12,6 +12,12 @@ use super::{
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.info().fmt(f)
+    }
+}
+
 struct Inner {
     id: DeviceId,
     backend: Box<dyn Backend>,

@@ -1,0 +1,83 @@
+//! The gated MLP: `down(silu(gate x) ⊙ (up x))`.
+
+use super::call::{Call, matrix_gradient};
+use super::config::ModelConfig;
+use super::scratch::Rows;
+use super::weights::{Gradients, MlpIds};
+use crate::backend::ops::{Linear, LinearBackwardInput, Swiglu, SwigluBackward};
+use crate::backend::{DType, Device, Out, Result, View};
+use crate::model::parameters::Space;
+
+/// What forward leaves for backward.
+#[derive(Debug)]
+pub struct MlpSaved {
+    /// `[tokens, intermediate]`.
+    gate: Rows,
+    /// `[tokens, intermediate]`.
+    up: Rows,
+    /// `[tokens, intermediate]`: silu(gate) ⊙ up.
+    activated: Rows,
+}
+
+/// Memory of backward.
+#[derive(Debug)]
+pub struct MlpScratch {
+    dactivated: Rows,
+    dgate: Rows,
+    dup: Rows,
+}
+
+impl MlpSaved {
+    pub(super) fn new(device: &Device, config: &ModelConfig, dtype: DType, tokens: usize) -> Result<Self> {
+        let rows = || Rows::new(device, dtype, tokens, config.intermediate_size);
+        Ok(MlpSaved { gate: rows()?, up: rows()?, activated: rows()? })
+    }
+}
+
+impl MlpScratch {
+    pub(super) fn new(device: &Device, config: &ModelConfig, dtype: DType, tokens: usize) -> Result<Self> {
+        let rows = || Rows::new(device, dtype, tokens, config.intermediate_size);
+        Ok(MlpScratch { dactivated: rows()?, dgate: rows()?, dup: rows()? })
+    }
+}
+
+/// Everything up to the activation: what a recomputation needs.
+pub(super) fn activate(call: &Call, weights: &Space, ids: &MlpIds, x: View, saved: &MlpSaved) -> Result<()> {
+    let n = call.tokens;
+    let (gate, up) = (saved.gate.of(n)?, saved.up.of(n)?);
+    for (weight, out) in [(ids.gate, gate), (ids.up, up)] {
+        call.device.linear(&Linear { x, weight: weights.view(weight)?, bias: None, out: Out::assign(out) })?;
+    }
+    call.device.swiglu(&Swiglu { gate, up, out: saved.activated.of(n)? })
+}
+
+/// Adds the MLP's output for the activation in `saved` to `out`.
+pub(super) fn project(call: &Call, weights: &Space, ids: &MlpIds, saved: &MlpSaved, out: View) -> Result<()> {
+    let x = saved.activated.of(call.tokens)?;
+    call.device.linear(&Linear { x, weight: weights.view(ids.down)?, bias: None, out: Out::add(out) })
+}
+
+/// From the gradient of the output to that of the input `x` (replaced in `dx`), and of the weights.
+pub(super) fn backward(
+    call: &Call,
+    weights: &Space,
+    gradients: &Gradients,
+    ids: &MlpIds,
+    (x, saved, scratch): (View, &MlpSaved, &MlpScratch),
+    dout: View,
+    dx: View,
+) -> Result<()> {
+    let (device, n) = (call.device, call.tokens);
+    let (gate, up, activated) = (saved.gate.of(n)?, saved.up.of(n)?, saved.activated.of(n)?);
+    let (dactivated, dgate, dup) = (scratch.dactivated.of(n)?, scratch.dgate.of(n)?, scratch.dup.of(n)?);
+    matrix_gradient(call, (activated, dout), gradients.of(ids.down)?, None)?;
+    let weight = weights.view(ids.down)?;
+    device.linear_backward_input(&LinearBackwardInput { dout, weight, dx: Out::assign(dactivated) })?;
+    device.swiglu_backward(&SwigluBackward { gate, up, dout: dactivated, dgate, dup })?;
+    matrix_gradient(call, (x, dgate), gradients.of(ids.gate)?, None)?;
+    matrix_gradient(call, (x, dup), gradients.of(ids.up)?, None)?;
+    let weight = weights.view(ids.gate)?;
+    device.linear_backward_input(&LinearBackwardInput { dout: dgate, weight, dx: Out::assign(dx) })?;
+    let weight = weights.view(ids.up)?;
+    device.linear_backward_input(&LinearBackwardInput { dout: dup, weight, dx: Out::add(dx) })
+}
