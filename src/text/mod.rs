@@ -2,6 +2,8 @@
 
 pub mod arithmetic;
 pub mod characters;
+pub mod dataset;
+pub mod packing;
 pub mod tokenizer;
 
 use sha2::{Digest, Sha256};
