@@ -15,24 +15,33 @@ pub struct AdamW {
     pub eps: f64,
     /// Decoupled weight decay; 0 for parameters that do not decay.
     pub weight_decay: f64,
-    /// This step's number, from 1.
-    pub step: u32,
+    /// `1 - beta1^step`, with steps counted from 1: what the first moment falls short of after so few of them.
+    pub correction1: f64,
+    /// `1 - beta2^step`.
+    pub correction2: f64,
     /// What gradients are multiplied with first ([`clip_factor`](crate::clip_factor)); 1 for none.
     pub clip: f64,
+}
+
+impl AdamW {
+    /// The same update with the corrections of a step, counted from 1.
+    pub fn at_step(self, step: u32) -> Self {
+        let correction = |beta: f64| 1.0 - beta.powf(f64::from(step));
+        AdamW { correction1: correction(self.beta1), correction2: correction(self.beta2), ..self }
+    }
 }
 
 /// One update of param, first and second moment in place, all `[n]` like grad. Nothing changes if `lr` or `clip` is not finite.
 ///
 /// With `g = clip * grad`: `m = beta1 m + (1-beta1) g`, `v = beta2 v + (1-beta2) g²`, `param *= 1 - lr * weight_decay`,
-/// `param -= lr * (m / (1-beta1^step)) / (sqrt(v / (1-beta2^step)) + eps)`.
+/// `param -= lr * (m / correction1) / (sqrt(v / correction2) + eps)`.
 pub fn adamw<T: Real>(param: &mut [T], grad: &[T], first: &mut [T], second: &mut [T], update: &AdamW) {
     if !update.lr.is_finite() || !update.clip.is_finite() {
         return;
     }
     let n = param.len();
     assert!(grad.len() == n && first.len() == n && second.len() == n, "adamw: lengths differ");
-    let correction = |beta: f64| T::of(1.0 - beta.powf(f64::from(update.step)));
-    let (correction1, correction2) = (correction(update.beta1), correction(update.beta2));
+    let (correction1, correction2) = (T::of(update.correction1), T::of(update.correction2));
     for i in 0..n {
         let g = T::of(update.clip) * grad[i];
         first[i] = T::of(update.beta1) * first[i] + T::of(1.0 - update.beta1) * g;
@@ -49,7 +58,16 @@ mod tests {
     use super::*;
     use crate::testing::*;
 
-    const UPDATE: AdamW = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1, clip: 1.0 };
+    const UPDATE: AdamW = AdamW {
+        lr: 1e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        correction1: 1.0 - 0.9,
+        correction2: 1.0 - 0.95,
+        clip: 1.0,
+    };
 
     proptest! {
         /// The moments in closed form: `m_t = (1-beta) Σ_i beta^(t-i) g_i`, and decoupled decay of the parameter.
@@ -59,7 +77,7 @@ mod tests {
             let (mut param, mut first, mut second) = (vec![0.5], vec![0.0], vec![0.0]);
             let mut want = 0.5;
             for step in 1..=steps {
-                let update = AdamW { step, clip, ..UPDATE };
+                let update = AdamW { clip, ..UPDATE }.at_step(step);
                 adamw(&mut param, &gradients[step as usize - 1..][..1], &mut first, &mut second, &update);
                 let moment = |beta: f64, power: i32| {
                     let sum: f64 = (1..=step)

@@ -13,7 +13,9 @@ mod check;
 pub mod cpu;
 mod device;
 mod error;
+mod host;
 pub mod ops;
+pub mod reference;
 mod segments;
 mod view;
 

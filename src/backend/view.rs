@@ -76,7 +76,7 @@ pub const WEIGHT_ROWS: usize = 32;
 
 /// The rows that a weight of `rows` rows takes up.
 pub fn padded_rows(rows: usize) -> usize {
-    rows.next_multiple_of(WEIGHT_ROWS)
+    rows.div_ceil(WEIGHT_ROWS).saturating_mul(WEIGHT_ROWS)
 }
 
 /// A buffer of one device; ids are never used again.
@@ -111,7 +111,7 @@ pub struct View {
 impl View {
     /// Number of values that the view shows.
     pub fn len(&self) -> usize {
-        self.rows * self.cols
+        self.rows.saturating_mul(self.cols)
     }
 
     /// Whether it shows no value.
@@ -119,14 +119,15 @@ impl View {
         self.len() == 0
     }
 
-    /// The values from the first to one past the last that the view spans in its buffer, padding rows included.
+    /// The values from the first to one past the last that the view spans in its buffer, padding rows included;
+    /// a view too large to count ends at `usize::MAX`, which lies in no buffer.
     pub fn span(&self) -> std::ops::Range<usize> {
         let values = match self.order {
-            Order::Weight => padded_rows(self.rows) * self.cols,
+            Order::Weight => padded_rows(self.rows).saturating_mul(self.cols),
             Order::Rows if self.is_empty() => 0,
-            Order::Rows => (self.rows - 1) * self.stride + self.cols,
+            Order::Rows => (self.rows - 1).saturating_mul(self.stride).saturating_add(self.cols),
         };
-        self.offset..self.offset + values
+        self.offset..self.offset.saturating_add(values)
     }
 
     /// The same matrix from row `first`, `rows` rows.
@@ -160,7 +161,7 @@ impl View {
     /// # Errors
     /// When the view is not contiguous or too small.
     pub fn matrix(&self, first: usize, rows: usize, cols: usize, order: Order) -> Result<View> {
-        let view = View { offset: self.offset + first, rows, cols, stride: cols, order, ..*self };
+        let view = View { offset: self.offset.saturating_add(first), rows, cols, stride: cols, order, ..*self };
         let contiguous = self.order == Order::Rows && (self.rows <= 1 || self.stride == self.cols);
         if !contiguous || view.span().end > self.span().end {
             let count = view.span().len();

@@ -58,8 +58,8 @@ impl AttentionShape {
     }
 
     fn check(&self, check: &Check) -> Result<()> {
-        let groups = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads) && self.window != Some(0);
-        check.require(groups, || format!("{} heads over {}, window {:?}", self.heads, self.kv_heads, self.window))
+        let groups = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads) && self.head_dim > 0;
+        check.require(groups && self.window != Some(0), || format!("{self:?} is no whole number of groups of keys"))
     }
 }
 
