@@ -223,6 +223,22 @@ impl Model {
         Ok(())
     }
 
+    /// What the mixer of block `layer` gave in the last forward, before it was added to the stream, into `out`
+    /// `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// When the block is an identity or not everything was kept.
+    pub fn mixer_output(&self, activations: &Activations, layer: usize, out: View) -> Result<()> {
+        let (tokens, segments) = activations.last()?;
+        let call = Call { device: &self.device, tokens, segments, cache: None };
+        match self.ids.blocks.get(layer) {
+            Some(Some(ids)) if activations.keep == Keep::Everything => {
+                block::project(&call, self.shared(), ids, activations.saved(layer), Out::assign(out))
+            }
+            _ => Err(kept_nothing("the mixer's output")),
+        }
+    }
+
     /// From [`Activations::doutput`] down through the blocks of the last forward (nothing skipped, no cache), adding to
     /// the gradients of every parameter that trains; goes no lower than the lowest of them.
     ///
