@@ -1,1 +1,22 @@
 //! Reads and writes checkpoints: knows names and dtypes, not maths.
+//!
+//! [`Checkpoint`] is a folder in Hugging Face form, held against its configuration; [`save`] writes one that the
+//! published PyTorch classes load. Below them, [`TensorFile`] reads one safetensors file and [`write_tensors`] writes
+//! one, and [`NewFolder`] makes what is written appear whole or not at all.
+
+mod atomic;
+mod codec;
+mod error;
+mod folder;
+mod header;
+mod save;
+mod tensor_file;
+mod write;
+
+pub use atomic::{NewFolder, write_file};
+pub use error::{CheckpointError, ProviderError, Result};
+pub use folder::{Checkpoint, read_config};
+pub use header::Storage;
+pub use save::{SHARD_BYTES, SaveOptions, save, save_into};
+pub use tensor_file::{StoredTensor, Tensor, TensorFile};
+pub use write::{NewTensor, write_tensors};
