@@ -16,3 +16,4 @@ pub mod random;
 pub mod report;
 pub mod text;
 pub mod train;
+pub mod verify;

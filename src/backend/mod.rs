@@ -17,6 +17,7 @@ mod host;
 pub mod ops;
 pub mod reference;
 mod segments;
+pub mod select;
 mod view;
 
 use check::Checked;

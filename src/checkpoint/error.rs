@@ -135,6 +135,9 @@ pub enum CheckpointError {
         /// Values given.
         found: usize,
     },
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] crate::backend::Error),
     /// The values to be written could not be had.
     #[error("tensor {tensor}: {source}")]
     Provider {

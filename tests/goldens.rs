@@ -1,0 +1,21 @@
+//! Every backend is held to the golden numbers of the published PyTorch models.
+
+use std::path::Path;
+
+use h1::backend::select::{self, Name};
+
+fn goldens_hold_on(backend: Name) {
+    let device = select::open(backend, None).unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens");
+    let report = h1::verify::verify(&folder, &device, |_| {}).unwrap();
+    for (worst, count) in report.worst() {
+        println!("{:40} {count:4} {:40} {:.1e} of {:.1e}", worst.file, worst.tensor, worst.error, worst.tolerance);
+    }
+    let failed: Vec<_> = report.comparisons().iter().filter(|c| !c.passes()).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[test]
+fn goldens_hold_on_reference() {
+    goldens_hold_on(Name::Reference);
+}
