@@ -46,6 +46,11 @@ impl AttentionSaved {
             lse: Rows::new(device, DType::F32, tokens, config.num_attention_heads)?,
         })
     }
+
+    /// `[tokens, heads·head_dim]`: what the output projection takes.
+    pub(super) fn heads(&self, tokens: usize) -> Result<View> {
+        self.heads.of(tokens)
+    }
 }
 
 impl AttentionScratch {

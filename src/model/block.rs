@@ -79,6 +79,10 @@ impl BlockSaved {
         self.normed.of(tokens)
     }
 
+    pub(super) fn attention(&self) -> Option<&AttentionSaved> {
+        self.attention.as_ref()
+    }
+
     /// What the Mamba mixer left, where the block has one.
     pub fn mamba(&self) -> Option<&MambaSaved> {
         self.mamba.as_ref()
