@@ -292,7 +292,8 @@ fn a_tied_model_may_bring_its_head_if_it_is_the_embedding() {
 
 #[test]
 fn what_is_wrong_is_said_with_file_and_tensor() {
-    let cases: [(&str, fn(&Path)); 8] = [
+    type Change = fn(&Path);
+    let cases: [(&str, Change); 8] = [
         ("model.safetensors: tensor lm_head.weight is missing", |folder| {
             edit_tensors(folder, |list| list.retain(|(name, _)| name != "lm_head.weight"))
         }),
