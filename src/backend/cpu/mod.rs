@@ -1,4 +1,18 @@
 //! The CPU backend.
 
+pub mod elementwise;
+pub mod gradient;
+mod lines;
 pub mod math;
+pub mod matrix;
+pub mod norm;
+pub mod rope;
+pub mod rows;
+pub mod sample;
+pub mod scan;
+mod scratch;
+pub mod segment;
 pub mod simd;
+#[cfg(test)]
+mod testing;
+mod work;

@@ -158,6 +158,53 @@ impl Lanes for Avx2 {
         // SAFETY: the features are there.
         max8(unsafe { _mm256_max_ps(self.0, self.1) })
     }
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let mut columns = rows;
+        for i in 0..8 {
+            // Four blocks of 8 by 8; the two off the diagonal change places.
+            columns[i] = Self(rows[i].0, rows[i + 8].0);
+            columns[i + 8] = Self(rows[i].1, rows[i + 8].1);
+        }
+        for half in columns.chunks_exact_mut(8) {
+            // SAFETY: the features are there.
+            let (low, high) = unsafe {
+                (transpose8(std::array::from_fn(|i| half[i].0)), transpose8(std::array::from_fn(|i| half[i].1)))
+            };
+            for i in 0..8 {
+                half[i] = Self(low[i], high[i]);
+            }
+        }
+        columns
+    }
+}
+
+/// Pairs of rows, then fours, are interleaved inside the halves of a register; then halves move.
+/// # Safety
+/// AVX.
+#[inline(always)]
+unsafe fn transpose8(r: [__m256; 8]) -> [__m256; 8] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        // Half h of fours[4 i + j]: column 4 h + j of rows 4 i to 4 i + 3.
+        let mut fours = r;
+        for i in [0, 4] {
+            let low = |a, b| _mm256_castps_pd(_mm256_unpacklo_ps(a, b));
+            let high = |a, b| _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+            let (a, b) = (low(r[i], r[i + 1]), low(r[i + 2], r[i + 3]));
+            let (c, d) = (high(r[i], r[i + 1]), high(r[i + 2], r[i + 3]));
+            fours[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            fours[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+            fours[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+            fours[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+        }
+        let mut columns = r;
+        for j in 0..4 {
+            columns[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
+            columns[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
+        }
+        columns
+    }
 }
 
 /// All bits of a lane set where true.

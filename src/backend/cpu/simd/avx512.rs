@@ -161,6 +161,47 @@ impl Lanes for Avx512 {
         // SAFETY: the features are there.
         super::avx2::max8(unsafe { _mm256_max_ps(low, high) })
     }
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        // SAFETY: the features are there.
+        unsafe { transpose16(rows.map(|row| row.0)).map(Self) }
+    }
+}
+
+/// Pairs of rows, then fours, are interleaved inside the quarters of a register; then quarters move.
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+unsafe fn transpose16(r: [__m512; LANES]) -> [__m512; LANES] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        // Quarter q of fours[4 i + j]: column 4 q + j of rows 4 i to 4 i + 3.
+        let mut fours = r;
+        for i in (0..LANES).step_by(4) {
+            let low = |a, b| _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+            let high = |a, b| _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+            let (a, b) = (low(r[i], r[i + 1]), low(r[i + 2], r[i + 3]));
+            let (c, d) = (high(r[i], r[i + 1]), high(r[i + 2], r[i + 3]));
+            fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+            fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+        }
+        let mut columns = r;
+        for j in 0..4 {
+            const EVEN: i32 = 0b10_00_10_00;
+            const ODD: i32 = 0b11_01_11_01;
+            let (top, bottom) = ((fours[j], fours[4 + j]), (fours[8 + j], fours[12 + j]));
+            let (a, b) = (_mm512_shuffle_f32x4::<EVEN>(top.0, top.1), _mm512_shuffle_f32x4::<ODD>(top.0, top.1));
+            let c = _mm512_shuffle_f32x4::<EVEN>(bottom.0, bottom.1);
+            let d = _mm512_shuffle_f32x4::<ODD>(bottom.0, bottom.1);
+            columns[j] = _mm512_shuffle_f32x4::<EVEN>(a, c);
+            columns[4 + j] = _mm512_shuffle_f32x4::<EVEN>(b, d);
+            columns[8 + j] = _mm512_shuffle_f32x4::<ODD>(a, c);
+            columns[12 + j] = _mm512_shuffle_f32x4::<ODD>(b, d);
+        }
+        columns
+    }
 }
 
 /// The mask of the first `n` lanes, `n` at most 16.

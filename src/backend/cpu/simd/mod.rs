@@ -96,6 +96,23 @@ pub trait Lanes:
     fn sum(self) -> f32;
     /// The largest lane, by the same tree of [`Lanes::max`].
     fn max_lane(self) -> f32;
+    /// Lane j of value i becomes lane i of value j.
+    #[inline(always)]
+    fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
+        let rows = rows.map(Self::to_array);
+        std::array::from_fn(|j| Self::from_array(std::array::from_fn(|i| rows[i][j])))
+    }
+    /// Lane i is [`Lanes::sum`] of value i.
+    #[inline(always)]
+    fn sum_each(rows: [Self; LANES]) -> Self {
+        let mut x = Self::transpose(rows);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                x[i] = x[i] + x[i + half];
+            }
+        }
+        x[0]
+    }
 
     /// All lanes zero.
     #[inline(always)]

@@ -59,6 +59,11 @@ impl Kernel for Operations {
         ];
         // The order of NaN in a tree of maxima is fixed too.
         rows.push([a.max_lane(); LANES]);
+        // Sixteen different values: every lane of a and b in another place.
+        let many = std::array::from_fn(|i| if i % 2 == 0 { a } else { b } + L::splat(i as f32));
+        rows.extend(L::transpose(many).map(L::to_array));
+        rows.push(L::sum_each(many).to_array());
+        rows.push(many.map(L::sum));
         rows
     }
 }
@@ -161,4 +166,26 @@ fn every_half_precision_value_widens_exactly() {
 #[test]
 fn the_widest_instruction_set_is_the_default() {
     assert_eq!(Simd::detect(), Simd::all()[0]);
+}
+
+struct Transpose;
+
+impl Kernel for Transpose {
+    type Output = [[f32; LANES]; LANES];
+    #[inline(always)]
+    fn run<L: Lanes>(self) -> Self::Output {
+        let rows = std::array::from_fn(|i| L::from_array(std::array::from_fn(|j| (i * LANES + j) as f32)));
+        L::transpose(rows).map(L::to_array)
+    }
+}
+
+#[test]
+fn a_transpose_turns_rows_into_columns() {
+    for simd in Simd::all() {
+        for (j, column) in simd.run(Transpose).iter().enumerate() {
+            for (i, &value) in column.iter().enumerate() {
+                assert_eq!(value, (i * LANES + j) as f32, "{}", simd.name());
+            }
+        }
+    }
 }
