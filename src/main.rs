@@ -1,2 +1,5 @@
 //! The `h1` program.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    h1::cli::run()
+}

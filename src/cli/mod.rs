@@ -1,1 +1,47 @@
-//! The command line: one file a verb.
+//! The command line: one file a verb, arguments in, progress and results out; no maths here.
+
+mod common;
+mod eval;
+mod forward;
+mod generate;
+mod inspect;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Turn a pretrained attention transformer into a Mamba hybrid by staged distillation, and run it.
+#[derive(Parser)]
+#[command(name = "h1", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Eval(eval::Arguments),
+    Forward(forward::Arguments),
+    Generate(generate::Arguments),
+    Inspect(inspect::Arguments),
+    Verify(verify::Arguments),
+}
+
+/// Runs the program: 0 when all went well, 1 with the reason in a sentence or two, 2 for a wrong command line.
+pub fn run() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Eval(arguments) => eval::run(arguments),
+        Verb::Forward(arguments) => forward::run(arguments),
+        Verb::Generate(arguments) => generate::run(arguments),
+        Verb::Inspect(arguments) => inspect::run(arguments),
+        Verb::Verify(arguments) => verify::run(arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -6,6 +6,21 @@ use crate::backend::{Buffer, DType, Device, Error, HostSlice, Result, Segments, 
 /// Tokens of a page.
 pub const PAGE_SIZE: usize = 64;
 
+impl ModelConfig {
+    /// Bytes that a sequence of `context` tokens keeps: keys and values of `value_bytes` each for every token in every
+    /// attention layer, and states in f32 of one size, whatever the context, in every Mamba layer.
+    pub fn cache_bytes(&self, context: usize, value_bytes: usize) -> u64 {
+        let keys = 2 * self.key_value_width() * context * value_bytes;
+        let states = self.mamba.as_ref().map_or(0, |mamba| 4 * (mamba.conv_state() + mamba.ssm_state()));
+        let layer = |kind: &BlockKind| match kind {
+            BlockKind::Attention => keys as u64,
+            BlockKind::Mamba => states as u64,
+            BlockKind::Identity => 0,
+        };
+        self.blocks.iter().map(layer).sum()
+    }
+}
+
 /// The cache of one layer.
 #[derive(Debug)]
 pub enum LayerCache {

@@ -1,1 +1,3 @@
 //! Plots and tables of a run.
+
+pub mod table;

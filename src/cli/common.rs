@@ -1,0 +1,76 @@
+//! What several verbs share: the choice of a device, the model to run, progress, output that may be cut off.
+
+use std::io::{ErrorKind, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::backend::select::{self, Name};
+use crate::backend::{DType, Device};
+use crate::checkpoint;
+use crate::model::Model;
+
+/// Where a verb computes, and how it stores weights.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct DeviceArguments {
+    /// Backend; auto takes the fastest that is there.
+    #[arg(long, default_value = "auto", value_name = "auto|cuda|wgpu|cpu|reference")]
+    backend: Name,
+    /// How weights are stored on the device.
+    #[arg(long, default_value = "f32", value_name = "f32|bf16|f16")]
+    dtype: DType,
+    /// Threads of the cpu backend; all cores unless said.
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
+impl DeviceArguments {
+    /// Opens the device.
+    pub(super) fn open(&self) -> anyhow::Result<Device> {
+        Ok(select::open(self.backend, self.threads)?)
+    }
+
+    /// Loads a model onto it.
+    pub(super) fn load(&self, device: &Device, path: &Path) -> anyhow::Result<Model> {
+        Ok(checkpoint::load(device, path, self.dtype)?)
+    }
+}
+
+/// Fails before a long computation rather than after it when the output cannot be written.
+pub(super) fn refuse_existing(path: &PathBuf) -> anyhow::Result<()> {
+    anyhow::ensure!(!path.exists(), "{} already exists", path.display());
+    Ok(())
+}
+
+/// A bar with rate and time left; `unit` is what is counted. Silent where standard error is no terminal.
+pub(super) fn progress(total: usize, unit: &'static str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr());
+    let template = format!("{{msg}} {{bar:32}} {{human_pos}}/{{human_len}} {unit} {{per_sec}} {{eta}} left");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// Writes text and a line's end to standard output; a reader that went away ends the program quietly.
+pub(super) fn print(text: &str) -> anyhow::Result<()> {
+    print_part(&format!("{text}\n"))
+}
+
+/// Writes text to standard output at once.
+pub(super) fn print_part(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        result => result.context("cannot write to standard output"),
+    }
+}
+
+/// Writes a value as JSON.
+pub(super) fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&serde_json::to_string_pretty(value).context("cannot write JSON")?)
+}
