@@ -11,7 +11,9 @@ use super::{Backend, BackendInfo, BufferId, DType, HostSlice, Largest, Readback,
 
 mod arguments;
 
-use arguments::{Conv, Head, Scan, attention_of, clear_fresh, key_rows, sequences, slots};
+use arguments::{
+    Conv, Head, Scan, attention_of, clear_fresh, key_rows, row_statistics, sequences, slots, statistics_row,
+};
 
 /// The backend. One op at a time; a call from another thread waits.
 pub struct Reference {
@@ -298,8 +300,8 @@ impl Backend for Reference {
         let head = Head::load(&mut m, op.student, op.teacher, op.labels, &op.scaling, None)?;
         let rows = formulas::head_loss_statistics(head.student.view(), head.teacher(), &head.labels, &head.formula);
         let mut statistics = Array2::zeros((op.student.rows, ops::STATISTICS));
-        for ((mut to, of_row), label) in statistics.rows_mut().into_iter().zip(&rows).zip(&head.labels) {
-            to.assign(&ndarray::aview1(&head.statistics_row(of_row, label.is_some())));
+        for (mut to, of_row) in statistics.rows_mut().into_iter().zip(&rows) {
+            to.assign(&ndarray::aview1(&statistics_row(of_row)));
         }
         m.store(op.statistics, statistics.view(), false)
     }
@@ -308,9 +310,8 @@ impl Backend for Reference {
         let mut m = self.held();
         let head = Head::load(&mut m, op.student, op.teacher, op.labels, &op.scaling, op.weights)?;
         let statistics = m.load(op.statistics)?;
-        let of_rows = statistics.rows().into_iter().zip(&head.labels);
-        let of_rows: Vec<_> = of_rows.map(|(row, label)| head.row_statistics(row, label.is_some())).collect();
-        let losses = of_rows.iter().map(formulas::RowStatistics::losses);
+        let of_rows: Vec<_> = statistics.rows().into_iter().map(row_statistics).collect();
+        let losses = of_rows.iter().zip(&head.labels).map(|(row, label)| row.losses(label.is_some()));
         let losses: Vec<_> = losses.map(|l| [l.reverse_kl, l.forward_kl, l.cross_entropy]).collect();
         m.store(op.losses, ndarray::aview2(&losses), false)?;
         if op.weights.is_none() {
