@@ -333,9 +333,7 @@ impl Backend for Reference {
     fn sample(&self, op: &ops::Sample) -> Result<()> {
         let mut m = self.held();
         let (logits, temperatures, uniforms) = (m.load(op.logits)?, m.vector(op.temperatures)?, m.vector(op.uniforms)?);
-        let rows = logits.axis_chunks_iter(Axis(0), 1).zip(temperatures.iter().zip(&uniforms));
-        let ids: Vec<u32> =
-            rows.flat_map(|(row, (&temperature, &u))| formulas::sample(row, temperature, &[u])).collect();
+        let ids = formulas::sample(logits.view(), &temperatures.to_vec(), &uniforms.to_vec());
         m.store_ids(op.out, &ids)
     }
 
