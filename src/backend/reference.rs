@@ -80,6 +80,7 @@ impl Backend for Reference {
 
     fn embed_backward(&self, op: &ops::EmbedBackward) -> Result<()> {
         let mut m = self.held();
+        m.place(op.dweight)?;
         let ids = m.ids_below("embed_backward", "id", op.ids, op.dweight.rows)?;
         let dweight = formulas::embed_backward(&ids, m.load(op.dout)?.view(), op.dweight.rows);
         m.store(op.dweight, dweight.view(), true)
@@ -266,6 +267,8 @@ impl Backend for Reference {
     fn selective_scan_backward(&self, op: &ops::SelectiveScanBackward) -> Result<()> {
         let mut m = self.held();
         let scan = Scan::load(&mut m, "selective_scan_backward", &op.inputs)?;
+        // States are computed from the first on, which `saved` holds too.
+        m.place(op.saved)?;
         let (channels, d_state) = (op.inputs.channels(), op.inputs.d_state());
         slots("selective_scan_backward", &scan.table, &[op.dstate_out, op.dstate_in])?;
         let dstate_out = m.states(op.dstate_out, &scan.table, (channels, d_state), false)?;
@@ -309,7 +312,7 @@ impl Backend for Reference {
     fn head_loss_gradient(&self, op: &ops::HeadLossGradient) -> Result<()> {
         let mut m = self.held();
         let head = Head::load(&mut m, op.student, op.teacher, op.labels, &op.scaling, op.weights)?;
-        let statistics = m.load(op.statistics)?;
+        let (statistics, row_weights) = (m.load(op.statistics)?, m.vector(op.row_weights)?.to_vec());
         let of_rows: Vec<_> = statistics.rows().into_iter().map(row_statistics).collect();
         let losses = of_rows.iter().zip(&head.labels).map(|(row, label)| row.losses(label.is_some()));
         let losses: Vec<_> = losses.map(|l| [l.reverse_kl, l.forward_kl, l.cross_entropy]).collect();
@@ -317,7 +320,6 @@ impl Backend for Reference {
         if op.weights.is_none() {
             return Ok(());
         }
-        let row_weights = m.vector(op.row_weights)?.to_vec();
         let mut gradient = head.student.clone();
         let teacher = head.teacher();
         formulas::head_loss_gradient(gradient.view_mut(), teacher, &head.labels, &of_rows, &row_weights, &head.formula);
@@ -360,8 +362,9 @@ impl Backend for Reference {
     }
 
     fn fill(&self, op: &ops::Fill) -> Result<()> {
-        let value = Array2::from_elem((op.out.rows, op.out.cols), f64::from(op.value));
-        self.held().store(op.out, value.view(), false)
+        let mut m = self.held();
+        m.place(op.out)?;
+        m.store(op.out, Array2::from_elem((op.out.rows, op.out.cols), f64::from(op.value)).view(), false)
     }
 
     fn scale(&self, op: &ops::Scale) -> Result<()> {
@@ -409,12 +412,12 @@ impl Backend for Reference {
             correction2: number(ops::Control::Correction2),
             clip: number(ops::Control::Clip),
         };
-        if !control.iter().all(|number| number.is_finite()) {
-            return Ok(());
-        }
         let grad = m.vector(op.grad)?.to_vec();
         let (mut param, mut first) = (m.vector(op.param)?.to_vec(), m.vector(op.moment1)?.to_vec());
         let mut second = m.vector(op.moment2)?.to_vec();
+        if !control.iter().all(|number| number.is_finite()) {
+            return Ok(());
+        }
         formulas::adamw(&mut param, &grad, &mut first, &mut second, &update);
         let param = param.into();
         m.store_row(op.param, &param, false)?;

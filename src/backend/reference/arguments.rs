@@ -27,6 +27,7 @@ impl HostMemory {
 
     /// The segments that have rows, once they are known to cover `tokens` rows.
     pub fn table(&mut self, op: &'static str, segments: &SegmentsView, tokens: usize) -> Result<Vec<table::Row>> {
+        self.place(segments.positions)?;
         let values = self.ids(segments.table)?;
         let (rows, _) = values.as_chunks::<SEGMENT_FIELDS>();
         table::cover(op, rows, tokens)?;
@@ -41,6 +42,7 @@ impl HostMemory {
         shape: (usize, usize),
         fresh: bool,
     ) -> Result<Array3<f64>> {
+        view.map_or(Ok(()), |view| self.place(view).map(drop))?;
         let mut states = Array3::zeros((table.len(), shape.0, shape.1));
         for (&[_, _, past, slot, _], mut state) in table.iter().zip(states.axis_iter_mut(Axis(0))) {
             if let Some(view) = view.filter(|_| past > 0 || !fresh) {
@@ -54,6 +56,7 @@ impl HostMemory {
     /// Puts states into their slots.
     pub fn store_states(&mut self, view: Option<View>, table: &[table::Row], states: &Array3<f64>) -> Result<()> {
         let Some(view) = view else { return Ok(()) };
+        self.place(view)?;
         for (&[_, _, _, slot, _], state) in table.iter().zip(states.axis_iter(Axis(0))) {
             self.store(view.row_range(slot as usize, 1)?, state.flatten().insert_axis(Axis(0)).view(), false)?;
         }
