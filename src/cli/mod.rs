@@ -1,6 +1,7 @@
 //! The command line: one file a verb, arguments in, progress and results out; no maths here.
 
 mod common;
+mod convert;
 mod eval;
 mod forward;
 mod generate;
@@ -21,6 +22,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Convert(convert::Arguments),
     Eval(eval::Arguments),
     Forward(forward::Arguments),
     Generate(generate::Arguments),
@@ -31,6 +33,7 @@ enum Verb {
 /// Runs the program: 0 when all went well, 1 with the reason in a sentence or two, 2 for a wrong command line.
 pub fn run() -> ExitCode {
     let result = match Cli::parse().verb {
+        Verb::Convert(arguments) => convert::run(arguments),
         Verb::Eval(arguments) => eval::run(arguments),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Generate(arguments) => generate::run(arguments),

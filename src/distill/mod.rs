@@ -1,1 +1,7 @@
-//! The whole procedure: importance, placement, initialisation, stages.
+//! The paper's procedure over the floors below: which layers matter, conversion and distillation stage after stage.
+
+mod error;
+pub mod placement;
+pub mod student;
+
+pub use error::{Error, Result};

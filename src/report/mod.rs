@@ -1,7 +1,3 @@
 //! Plots and tables of a run.
 
-mod axis;
-mod canvas;
-pub mod metrics;
-pub mod plot;
 pub mod table;

@@ -1,0 +1,59 @@
+//! What can keep a distillation from starting, going on or ending.
+
+use std::path::PathBuf;
+
+use crate::text::dataset::DatasetError;
+use crate::text::packing::PackingError;
+use crate::text::tokenizer::TokenizerError;
+use crate::{backend, checkpoint, eval, hybrid};
+
+/// The result of this floor.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why; the text says what was expected and where.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The device failed, or has no room.
+    #[error(transparent)]
+    Backend(#[from] backend::Error),
+    /// A checkpoint could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::CheckpointError),
+    /// A model cannot be converted.
+    #[error(transparent)]
+    Hybrid(#[from] hybrid::HybridError),
+    /// A model could not be scored.
+    #[error(transparent)]
+    Eval(#[from] eval::Error),
+    /// A data set could not be read.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// A text could not be turned into tokens.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Documents could not be packed.
+    #[error(transparent)]
+    Packing(#[from] PackingError),
+    /// The system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A file of a run is not what it should be.
+    #[error("{}: {what}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A configuration that cannot be.
+    #[error("{0}")]
+    Configuration(String),
+}
