@@ -29,7 +29,7 @@ pub struct LossWeights {
 
 /// How logits become distributions, and distributions a loss. Student `p = softmax(student_scale * logits)`, teacher
 /// `q = softmax(teacher_scale * logits)`, where `teacher_scale = logits_scale / temperature`, and `student_scale` is the same or
-/// `logits_scale` alone. Without a teacher the student stands for it, so that both KLs are 0.
+/// `logits_scale` alone. Without a teacher both KLs are 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadLoss {
     /// What is summed into the gradient.
@@ -62,13 +62,9 @@ impl HeadLoss {
         student: ArrayView1<T>,
         teacher: Option<ArrayView2<T>>,
         row: usize,
-    ) -> (Array1<T>, Array1<T>) {
-        let s = student.mapv(|logit| logit * self.student_scale());
-        let t = match teacher {
-            Some(teacher) => teacher.row(row).mapv(|logit| logit * self.teacher_scale()),
-            None => s.clone(),
-        };
-        (s, t)
+    ) -> (Array1<T>, Option<Array1<T>>) {
+        let t = teacher.map(|teacher| teacher.row(row).mapv(|logit| logit * self.teacher_scale()));
+        (student.mapv(|logit| logit * self.student_scale()), t)
     }
 
     /// The column of a label, if it lies in this part of the vocabulary.
@@ -77,23 +73,23 @@ impl HeadLoss {
     }
 }
 
-/// The sums over a row's vocabulary, or over a part of it, that its losses and its gradient need. With the scaled logits `s` of
-/// the student and `t` of the teacher, `s' = s - max s` and `t' = t - max t`, over the part that was seen.
+/// The sums over a row's vocabulary, or over a part of it, that its losses and its gradient need, with the scaled logits `s` of
+/// the student and `t` of the teacher. What is the teacher's is 0 without one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowStatistics<T> {
     /// `max s`.
     pub student_max: T,
-    /// `Σ exp(s')`.
+    /// `Σ exp(s - max s)`.
     pub student_sum: T,
     /// `max t`.
     pub teacher_max: T,
-    /// `Σ exp(t')`.
+    /// `Σ exp(t - max t)`.
     pub teacher_sum: T,
-    /// `Σ exp(s') (s' - t')`.
+    /// `Σ exp(s - max s) (s - t)`.
     pub reverse_cross: T,
-    /// `Σ exp(t') (t' - s')`.
+    /// `Σ exp(t - max t) (t - s)`.
     pub forward_cross: T,
-    /// `s` of the row's label; -∞ where the label lies in another part, or the row has none.
+    /// `s` of the row's label; 0 where the label lies in another part, or the row has none.
     pub label_logit: T,
 }
 
@@ -109,69 +105,80 @@ pub struct RowLosses<T> {
 }
 
 impl<T: Real> RowStatistics<T> {
-    fn of_row(s: ArrayView1<T>, t: ArrayView1<T>, label_logit: T) -> Self {
-        let student_max = s.iter().copied().fold(T::neg_infinity(), T::max);
-        let teacher_max = t.iter().copied().fold(T::neg_infinity(), T::max);
-        let (s, t) = (s.mapv(|s| s - student_max), t.mapv(|t| t - teacher_max));
-        Self {
+    fn of_row(s: ArrayView1<T>, t: Option<ArrayView1<T>>, label_logit: T) -> Self {
+        let (student_max, student_sum) = max_and_sum(s);
+        let mut statistics = Self {
             student_max,
-            student_sum: s.mapv(T::exp).sum(),
-            teacher_max,
-            teacher_sum: t.mapv(T::exp).sum(),
-            reverse_cross: s.iter().zip(&t).map(|(&s, &t)| s.exp() * (s - t)).sum(),
-            forward_cross: s.iter().zip(&t).map(|(&s, &t)| t.exp() * (t - s)).sum(),
+            student_sum,
+            teacher_max: T::zero(),
+            teacher_sum: T::zero(),
+            reverse_cross: T::zero(),
+            forward_cross: T::zero(),
             label_logit,
+        };
+        if let Some(t) = t {
+            let (teacher_max, teacher_sum) = max_and_sum(t);
+            let pairs = || s.iter().zip(t.iter());
+            statistics.teacher_max = teacher_max;
+            statistics.teacher_sum = teacher_sum;
+            statistics.reverse_cross = pairs().map(|(&s, &t)| (s - student_max).exp() * (s - t)).sum();
+            statistics.forward_cross = pairs().map(|(&s, &t)| (t - teacher_max).exp() * (t - s)).sum();
         }
+        statistics
     }
 
-    /// The statistics of two parts of a row's vocabulary together: maxima first, then the sums relative to them.
+    /// The statistics of two parts of a row's vocabulary together: sums are rescaled to the larger maximum and added.
     /// Commutative, and associative but for rounding.
     pub fn merge(&self, other: &Self) -> Self {
         let student_max = self.student_max.max(other.student_max);
         let teacher_max = self.teacher_max.max(other.teacher_max);
-        let (a, b) = (self.relative_to(student_max, teacher_max), other.relative_to(student_max, teacher_max));
+        let by_student =
+            |a: T, b: T| (self.student_max - student_max).exp() * a + (other.student_max - student_max).exp() * b;
+        let by_teacher =
+            |a: T, b: T| (self.teacher_max - teacher_max).exp() * a + (other.teacher_max - teacher_max).exp() * b;
         Self {
             student_max,
-            student_sum: a.student_sum + b.student_sum,
+            student_sum: by_student(self.student_sum, other.student_sum),
             teacher_max,
-            teacher_sum: a.teacher_sum + b.teacher_sum,
-            reverse_cross: a.reverse_cross + b.reverse_cross,
-            forward_cross: a.forward_cross + b.forward_cross,
-            label_logit: a.label_logit.max(b.label_logit),
+            teacher_sum: by_teacher(self.teacher_sum, other.teacher_sum),
+            reverse_cross: by_student(self.reverse_cross, other.reverse_cross),
+            forward_cross: by_teacher(self.forward_cross, other.forward_cross),
+            label_logit: self.label_logit + other.label_logit,
         }
     }
 
-    /// The same sums, taken relative to maxima that are no smaller: `s'` falls by `max - student_max`, `t'` likewise.
-    fn relative_to(&self, student_max: T, teacher_max: T) -> Self {
-        let (ds, dt) = (self.student_max - student_max, self.teacher_max - teacher_max);
-        Self {
-            student_max,
-            student_sum: ds.exp() * self.student_sum,
-            teacher_max,
-            teacher_sum: dt.exp() * self.teacher_sum,
-            reverse_cross: ds.exp() * (self.reverse_cross + self.student_sum * (ds - dt)),
-            forward_cross: dt.exp() * (self.forward_cross + self.teacher_sum * (dt - ds)),
-            label_logit: self.label_logit,
-        }
+    /// `ln Σ exp(s)`.
+    fn student_lse(&self) -> T {
+        self.student_max + self.student_sum.ln()
+    }
+
+    /// `ln Σ exp(t)`.
+    fn teacher_lse(&self) -> T {
+        self.teacher_max + self.teacher_sum.ln()
     }
 
     /// The row's losses, from the statistics of its whole vocabulary.
     ///
-    /// `reverse_kl = reverse_cross / student_sum - ln student_sum + ln teacher_sum`, forward_kl the same with the roles changed,
-    /// `cross_entropy = student_max + ln student_sum - label_logit`.
-    pub fn losses(&self) -> RowLosses<T> {
-        let log_ratio = self.teacher_sum.ln() - self.student_sum.ln();
-        let has_label = self.label_logit > T::neg_infinity();
-        RowLosses {
-            reverse_kl: self.reverse_cross / self.student_sum + log_ratio,
-            forward_kl: self.forward_cross / self.teacher_sum - log_ratio,
-            cross_entropy: if has_label {
-                self.student_max + self.student_sum.ln() - self.label_logit
-            } else {
-                T::zero()
-            },
+    /// `reverse_kl = reverse_cross / student_sum - lse(s) + lse(t)`, forward_kl the same with the roles changed,
+    /// `cross_entropy = lse(s) - label_logit`.
+    pub fn losses(&self, has_label: bool) -> RowLosses<T> {
+        let mut losses = RowLosses { reverse_kl: T::zero(), forward_kl: T::zero(), cross_entropy: T::zero() };
+        if self.teacher_sum > T::zero() {
+            let log_ratio = self.teacher_lse() - self.student_lse();
+            losses.reverse_kl = self.reverse_cross / self.student_sum + log_ratio;
+            losses.forward_kl = self.forward_cross / self.teacher_sum - log_ratio;
         }
+        if has_label {
+            losses.cross_entropy = self.student_lse() - self.label_logit;
+        }
+        losses
     }
+}
+
+/// `max x` and `Σ exp(x - max x)`.
+fn max_and_sum<T: Real>(x: ArrayView1<T>) -> (T, T) {
+    let max = x.iter().copied().fold(T::neg_infinity(), T::max);
+    (max, x.iter().map(|&x| (x - max).exp()).sum())
 }
 
 /// The statistics of each row over the columns that are given.
@@ -187,8 +194,8 @@ pub fn head_loss_statistics<T: Real>(
     assert_eq!(labels.len(), student.nrows(), "head_loss: one label a row");
     let statistics = |(row, &label)| {
         let (s, t) = op.scaled_row(student.row(row), teacher, row);
-        let label_logit = op.column(label, s.len()).map_or(T::neg_infinity(), |column| s[column]);
-        RowStatistics::of_row(s.view(), t.view(), label_logit)
+        let label_logit = op.column(label, s.len()).map_or(T::zero(), |column| s[column]);
+        RowStatistics::of_row(s.view(), t.as_ref().map(|t| t.view()), label_logit)
     };
     labels.iter().enumerate().map(statistics).collect()
 }
@@ -212,16 +219,20 @@ pub fn head_loss_gradient<T: Real>(
     let (reverse, forward) = (T::of(weights.reverse_kl), T::of(weights.forward_kl));
     for (row, of_row) in statistics.iter().enumerate() {
         let (s, t) = op.scaled_row(student.row(row), teacher, row);
-        let log_p = s.mapv(|s| s - of_row.student_max - of_row.student_sum.ln());
-        let log_q = t.mapv(|t| t - of_row.teacher_max - of_row.teacher_sum.ln());
-        let cross_entropy = if labels[row].is_some() { T::of(weights.cross_entropy) } else { T::zero() };
+        let kl = of_row.losses(false).reverse_kl;
         let label = op.column(labels[row], s.len());
-        let kl = of_row.losses().reverse_kl;
         for column in 0..s.len() {
-            let (p, q) = (log_p[column].exp(), log_q[column].exp());
-            let target = if label == Some(column) { T::one() } else { T::zero() };
-            let by_scaled =
-                reverse * p * (log_p[column] - log_q[column] - kl) + forward * (p - q) + cross_entropy * (p - target);
+            let log_p = s[column] - of_row.student_lse();
+            let p = log_p.exp();
+            let mut by_scaled = T::zero();
+            if let Some(t) = &t {
+                let log_q = t[column] - of_row.teacher_lse();
+                by_scaled += reverse * p * (log_p - log_q - kl) + forward * (p - log_q.exp());
+            }
+            if labels[row].is_some() {
+                let target = if label == Some(column) { T::one() } else { T::zero() };
+                by_scaled += T::of(weights.cross_entropy) * (p - target);
+            }
             student[[row, column]] = row_weights[row] * op.student_scale() * by_scaled;
         }
     }
@@ -246,7 +257,8 @@ mod tests {
         op: &HeadLoss,
     ) -> Vec<RowLosses<f64>> {
         let teacher = teacher.map(|teacher| teacher.view());
-        head_loss_statistics(student.view(), teacher, labels, op).iter().map(RowStatistics::losses).collect()
+        let statistics = head_loss_statistics(student.view(), teacher, labels, op);
+        statistics.iter().zip(labels).map(|(row, label)| row.losses(label.is_some())).collect()
     }
 
     fn assert_near(got: f64, want: f64) {
@@ -400,7 +412,7 @@ mod tests {
         let student = ndarray::array![[300.0f32, 0.0, -300.0]];
         let teacher = ndarray::array![[-300.0f32, 0.0, 300.0]];
         let statistics = head_loss_statistics(student.view(), Some(teacher.view()), &[Some(2)], &PLAIN);
-        let losses = statistics[0].losses();
+        let losses = statistics[0].losses(true);
         assert_eq!((losses.reverse_kl, losses.forward_kl, losses.cross_entropy), (600.0, 600.0, 600.0));
         let mut gradient = student.clone();
         head_loss_gradient(gradient.view_mut(), Some(teacher.view()), &[Some(2)], &statistics, &[1.0], &PLAIN);

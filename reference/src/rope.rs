@@ -152,6 +152,22 @@ mod tests {
     }
 
     #[test]
+    fn llama3_scaling_mixes_evenly_in_the_middle_and_has_no_jump() {
+        let scaling = Llama3Scaling {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 512.0,
+        };
+        let scaled = |wavelength: f64| scaling.apply(&[TAU / wavelength])[0] * wavelength / TAU;
+        // Halfway between the factors, M / w = 2.5: the mean of f / 8 and f.
+        assert!((scaled(512.0 / 2.5) - 0.5625).abs() < 1e-12);
+        for edge in [128.0, 512.0] {
+            assert!((scaled(edge * (1.0 + 1e-9)) - scaled(edge * (1.0 - 1e-9))).abs() < 1e-7);
+        }
+    }
+
+    #[test]
     fn frequencies_fall_geometrically_from_one() {
         let frequencies = inv_freq(8, 1e4);
         for (got, want) in frequencies.iter().zip([1.0, 0.1, 0.01, 0.001]) {

@@ -21,24 +21,22 @@ fn argmax_of_row<T: Real>(logits: ArrayView1<T>) -> u32 {
     best as u32
 }
 
-/// One token a row from `softmax(logits / temperature)`: logits `[rows, vocab]`, uniform `[rows]` in [0, 1) → `[rows]`.
+/// One token a row from `softmax(logits / temperature)`: logits `[rows, vocab]`, temperatures `[rows]`, at least 0, uniforms
+/// `[rows]` in [0, 1) → `[rows]`.
 ///
 /// Inverse of the cumulative distribution in the order of indices: the first index whose cumulative probability exceeds the
-/// row's uniform number. Temperature 0 is [`argmax`].
-pub fn sample<T: Real>(logits: ArrayView2<T>, temperature: f64, uniform: &[T]) -> Vec<u32> {
-    if temperature == 0.0 {
-        return argmax(logits);
-    }
-    assert_eq!(uniform.len(), logits.nrows(), "sample: one uniform number a row");
-    logits
-        .rows()
-        .into_iter()
-        .zip(uniform)
-        .map(|(row, &uniform)| sample_of_row(row, T::of(temperature), uniform))
-        .collect()
+/// row's uniform number. A row of temperature 0 is its [`argmax`].
+pub fn sample<T: Real>(logits: ArrayView2<T>, temperatures: &[T], uniforms: &[T]) -> Vec<u32> {
+    let rows = logits.nrows();
+    assert!(temperatures.len() == rows && uniforms.len() == rows, "sample: a temperature and a uniform number a row");
+    let numbers = temperatures.iter().zip(uniforms);
+    logits.rows().into_iter().zip(numbers).map(|(row, (&t, &uniform))| sample_of_row(row, t, uniform)).collect()
 }
 
 fn sample_of_row<T: Real>(logits: ArrayView1<T>, temperature: T, uniform: T) -> u32 {
+    if temperature == T::zero() {
+        return argmax_of_row(logits);
+    }
     let max = logits.iter().copied().fold(T::neg_infinity(), T::max);
     let weights: Vec<T> = logits.iter().map(|&logit| ((logit - max) / temperature).exp()).collect();
     let target = uniform * weights.iter().copied().sum::<T>();
@@ -69,7 +67,7 @@ mod tests {
             const DRAWS: usize = 1000;
             let row: Array2<f64> = Noise(seed).array((1, vocab));
             let uniform: Vec<f64> = (0..DRAWS).map(|i| (i as f64 + 0.5) / DRAWS as f64).collect();
-            let drawn = sample(row.broadcast((DRAWS, vocab)).unwrap(), temperature, &uniform);
+            let drawn = sample(row.broadcast((DRAWS, vocab)).unwrap(), &[temperature; DRAWS], &uniform);
             assert!(drawn.is_sorted(), "in the order of indices");
             let weights = row.mapv(|logit| (logit / temperature).exp());
             for (token, weight) in weights.iter().enumerate() {
@@ -80,10 +78,13 @@ mod tests {
         }
 
         #[test]
-        fn temperature_zero_is_argmax_whatever_the_number(vocab in size(), uniform in 0.0..1.0, seed: u64) {
+        fn temperature_zero_is_argmax_whatever_the_number_and_the_other_rows(
+            vocab in size(), uniform in 0.0..1.0, seed: u64,
+        ) {
             let logits: Array2<f64> = Noise(seed).array((2, vocab));
             let best = argmax(logits.view());
-            assert_eq!(sample(logits.view(), 0.0, &[uniform, 0.0]), best);
+            assert_eq!(sample(logits.view(), &[0.0, 0.0], &[uniform, 0.0]), best);
+            assert_eq!(sample(logits.view(), &[1.0, 0.0], &[uniform, uniform])[1], best[1]);
             for (row, &best) in logits.rows().into_iter().zip(&best) {
                 assert!(row.iter().all(|&logit| logit <= row[best as usize]));
             }
@@ -100,7 +101,7 @@ mod tests {
     fn a_token_without_probability_is_never_drawn() {
         let logits = array![[f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY]];
         for uniform in [0.0, 0.5, 1.0 - f32::EPSILON, 1.0] {
-            assert_eq!(sample(logits.view(), 1.0, &[uniform]), [1]);
+            assert_eq!(sample(logits.view(), &[1.0], &[uniform]), [1]);
         }
     }
 }

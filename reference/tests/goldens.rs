@@ -245,7 +245,7 @@ fn kl<T: Real>() {
                 };
                 let statistics = head_loss_statistics(student.view(), Some(teacher.view()), &labels, &op);
                 let of_row = |row: &RowStatistics<T>| {
-                    let losses = row.losses();
+                    let losses = row.losses(false);
                     if direction == "reverse" { losses.reverse_kl } else { losses.forward_kl }
                 };
                 let per_token: Array1<T> = statistics.iter().map(of_row).collect();

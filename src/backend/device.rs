@@ -22,6 +22,7 @@ struct Inner {
     id: DeviceId,
     backend: Box<dyn Backend>,
     launches: AtomicU64,
+    allocations: AtomicU64,
 }
 
 /// A buffer of a device, freed when dropped.
@@ -94,7 +95,8 @@ impl Device {
     pub fn new(backend: impl Backend + 'static) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = DeviceId(NEXT.fetch_add(1, Ordering::Relaxed));
-        Device(Arc::new(Inner { id, backend: Box::new(backend), launches: AtomicU64::new(0) }))
+        let (launches, allocations) = (AtomicU64::new(0), AtomicU64::new(0));
+        Device(Arc::new(Inner { id, backend: Box::new(backend), launches, allocations }))
     }
 
     /// What its backend is.
@@ -107,6 +109,11 @@ impl Device {
         self.0.launches.load(Ordering::Relaxed)
     }
 
+    /// Buffers made so far.
+    pub fn allocations(&self) -> u64 {
+        self.0.allocations.load(Ordering::Relaxed)
+    }
+
     /// A buffer of `rows × cols` values, all 0.
     ///
     /// # Errors
@@ -114,6 +121,7 @@ impl Device {
     pub fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Buffer> {
         let len = rows.checked_mul(cols).ok_or(Error::Size { what: "buffer", value: usize::MAX })?;
         let buffer: BufferId = self.0.backend.alloc(dtype, len)?;
+        self.0.allocations.fetch_add(1, Ordering::Relaxed);
         let view = View { device: self.0.id, buffer, dtype, order: Order::Rows, offset: 0, rows, cols, stride: cols };
         Ok(Buffer { device: self.clone(), view })
     }

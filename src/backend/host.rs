@@ -204,10 +204,10 @@ impl HostMemory {
         };
         self.buffers
             .get(&view.buffer)
-            .filter(|buffer| buffer.dtype == view.dtype && span.end <= buffer.len && rows_apart)
+            .filter(|buffer| buffer.dtype == view.dtype && rows_apart && (view.is_empty() || span.end <= buffer.len))
             .map(|buffer| Place {
-                // A view of nothing may have its offset anywhere below the end; it is never read.
-                start: buffer.start.as_ptr().wrapping_add(span.start * view.dtype.size()),
+                // A view of nothing may start anywhere: nothing is read there.
+                start: buffer.start.as_ptr().wrapping_add(span.start.wrapping_mul(view.dtype.size())),
                 panels: view.order == Order::Weight && self.weights == WeightOrder::Panels,
                 view,
             })

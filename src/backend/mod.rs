@@ -9,6 +9,7 @@
 //! - No op returns a number to the host. Numbers are read with [`Device::read`], which need not wait.
 //! - An op whose sizes were reserved allocates nothing.
 
+pub mod cases;
 mod check;
 pub mod cpu;
 mod device;

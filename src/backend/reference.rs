@@ -11,7 +11,9 @@ use super::{Backend, BackendInfo, BufferId, DType, HostSlice, Largest, Readback,
 
 mod arguments;
 
-use arguments::{Conv, Head, Scan, attention_of, clear_fresh, key_rows, sequences, slots};
+use arguments::{
+    Conv, Head, Scan, attention_of, clear_fresh, key_rows, row_statistics, sequences, slots, statistics_row,
+};
 
 /// The backend. One op at a time; a call from another thread waits.
 pub struct Reference {
@@ -78,6 +80,7 @@ impl Backend for Reference {
 
     fn embed_backward(&self, op: &ops::EmbedBackward) -> Result<()> {
         let mut m = self.held();
+        m.place(op.dweight)?;
         let ids = m.ids_below("embed_backward", "id", op.ids, op.dweight.rows)?;
         let dweight = formulas::embed_backward(&ids, m.load(op.dout)?.view(), op.dweight.rows);
         m.store(op.dweight, dweight.view(), true)
@@ -264,6 +267,8 @@ impl Backend for Reference {
     fn selective_scan_backward(&self, op: &ops::SelectiveScanBackward) -> Result<()> {
         let mut m = self.held();
         let scan = Scan::load(&mut m, "selective_scan_backward", &op.inputs)?;
+        // States are computed from the first on, which `saved` holds too.
+        m.place(op.saved)?;
         let (channels, d_state) = (op.inputs.channels(), op.inputs.d_state());
         slots("selective_scan_backward", &scan.table, &[op.dstate_out, op.dstate_in])?;
         let dstate_out = m.states(op.dstate_out, &scan.table, (channels, d_state), false)?;
@@ -298,8 +303,8 @@ impl Backend for Reference {
         let head = Head::load(&mut m, op.student, op.teacher, op.labels, &op.scaling, None)?;
         let rows = formulas::head_loss_statistics(head.student.view(), head.teacher(), &head.labels, &head.formula);
         let mut statistics = Array2::zeros((op.student.rows, ops::STATISTICS));
-        for ((mut to, of_row), label) in statistics.rows_mut().into_iter().zip(&rows).zip(&head.labels) {
-            to.assign(&ndarray::aview1(&head.statistics_row(of_row, label.is_some())));
+        for (mut to, of_row) in statistics.rows_mut().into_iter().zip(&rows) {
+            to.assign(&ndarray::aview1(&statistics_row(of_row)));
         }
         m.store(op.statistics, statistics.view(), false)
     }
@@ -307,16 +312,14 @@ impl Backend for Reference {
     fn head_loss_gradient(&self, op: &ops::HeadLossGradient) -> Result<()> {
         let mut m = self.held();
         let head = Head::load(&mut m, op.student, op.teacher, op.labels, &op.scaling, op.weights)?;
-        let statistics = m.load(op.statistics)?;
-        let of_rows = statistics.rows().into_iter().zip(&head.labels);
-        let of_rows: Vec<_> = of_rows.map(|(row, label)| head.row_statistics(row, label.is_some())).collect();
-        let losses = of_rows.iter().map(formulas::RowStatistics::losses);
+        let (statistics, row_weights) = (m.load(op.statistics)?, m.vector(op.row_weights)?.to_vec());
+        let of_rows: Vec<_> = statistics.rows().into_iter().map(row_statistics).collect();
+        let losses = of_rows.iter().zip(&head.labels).map(|(row, label)| row.losses(label.is_some()));
         let losses: Vec<_> = losses.map(|l| [l.reverse_kl, l.forward_kl, l.cross_entropy]).collect();
         m.store(op.losses, ndarray::aview2(&losses), false)?;
         if op.weights.is_none() {
             return Ok(());
         }
-        let row_weights = m.vector(op.row_weights)?.to_vec();
         let mut gradient = head.student.clone();
         let teacher = head.teacher();
         formulas::head_loss_gradient(gradient.view_mut(), teacher, &head.labels, &of_rows, &row_weights, &head.formula);
@@ -332,9 +335,7 @@ impl Backend for Reference {
     fn sample(&self, op: &ops::Sample) -> Result<()> {
         let mut m = self.held();
         let (logits, temperatures, uniforms) = (m.load(op.logits)?, m.vector(op.temperatures)?, m.vector(op.uniforms)?);
-        let rows = logits.axis_chunks_iter(Axis(0), 1).zip(temperatures.iter().zip(&uniforms));
-        let ids: Vec<u32> =
-            rows.flat_map(|(row, (&temperature, &u))| formulas::sample(row, temperature, &[u])).collect();
+        let ids = formulas::sample(logits.view(), &temperatures.to_vec(), &uniforms.to_vec());
         m.store_ids(op.out, &ids)
     }
 
@@ -361,8 +362,9 @@ impl Backend for Reference {
     }
 
     fn fill(&self, op: &ops::Fill) -> Result<()> {
-        let value = Array2::from_elem((op.out.rows, op.out.cols), f64::from(op.value));
-        self.held().store(op.out, value.view(), false)
+        let mut m = self.held();
+        m.place(op.out)?;
+        m.store(op.out, Array2::from_elem((op.out.rows, op.out.cols), f64::from(op.value)).view(), false)
     }
 
     fn scale(&self, op: &ops::Scale) -> Result<()> {
@@ -410,12 +412,12 @@ impl Backend for Reference {
             correction2: number(ops::Control::Correction2),
             clip: number(ops::Control::Clip),
         };
-        if !control.iter().all(|number| number.is_finite()) {
-            return Ok(());
-        }
         let grad = m.vector(op.grad)?.to_vec();
         let (mut param, mut first) = (m.vector(op.param)?.to_vec(), m.vector(op.moment1)?.to_vec());
         let mut second = m.vector(op.moment2)?.to_vec();
+        if !control.iter().all(|number| number.is_finite()) {
+            return Ok(());
+        }
         formulas::adamw(&mut param, &grad, &mut first, &mut second, &update);
         let param = param.into();
         m.store_row(op.param, &param, false)?;

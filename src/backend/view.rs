@@ -141,7 +141,7 @@ impl View {
         if !inside || !whole {
             return Err(Error::Range { what: "rows", first, count: rows, of: self.rows });
         }
-        Ok(View { offset: self.offset + first * self.stride, rows, ..*self })
+        Ok(View { offset: self.offset.saturating_add(first.saturating_mul(self.stride)), rows, ..*self })
     }
 
     /// The columns from `first`, `cols` of them.
@@ -153,7 +153,7 @@ impl View {
         if !inside || self.order != Order::Rows {
             return Err(Error::Range { what: "columns", first, count: cols, of: self.cols });
         }
-        Ok(View { offset: self.offset + first, cols, ..*self })
+        Ok(View { offset: self.offset.saturating_add(first), cols, ..*self })
     }
 
     /// A matrix inside a contiguous view, `first` values from its start.

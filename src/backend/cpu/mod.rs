@@ -10,6 +10,7 @@ pub mod rope;
 pub mod rows;
 pub mod sample;
 pub mod scan;
+pub mod scan_backward;
 mod scratch;
 pub mod segment;
 pub mod simd;

@@ -353,18 +353,28 @@ pub(super) mod tests {
             let channels = run * runs_b * runs_c * groups;
             let tokens = lengths.iter().map(|(len, _)| len).sum();
             let on = |bit: u8| switches >> bit & 1 == 1;
+            // A is negative, and so is no step: nothing grows.
             let mut negative = Grid::random(rng, channels, d_state, 2.0);
-            negative.data.iter_mut().filter(|value| **value < 100.0).for_each(|value| *value = -value.abs());
+            let mut delta = Grid::random(rng, tokens, channels, if on(3) { 2.0 } else { 0.1 });
+            let mut delta_bias = random(rng, channels, 0.1);
+            let inside = |grid: &mut Grid, f: fn(f32) -> f32| {
+                grid.data.iter_mut().filter(|value| **value < 100.0).for_each(|value| *value = f(*value));
+            };
+            inside(&mut negative, |value| -value.abs());
+            if !on(3) {
+                inside(&mut delta, f32::abs);
+                delta_bias.iter_mut().for_each(|value| *value = value.abs());
+            }
             Self {
                 segments: segments(lengths),
                 u: Grid::random(rng, tokens, channels, 1.0),
-                delta: Grid::random(rng, tokens, channels, if on(3) { 2.0 } else { 0.1 }),
+                delta,
                 a: negative,
                 b: Grid::random(rng, tokens, runs_c * groups * d_state, 1.0),
                 c: Grid::random(rng, tokens, runs_b * groups * d_state, 1.0),
                 d: on(0).then(|| random(rng, channels, 1.0)),
                 z: on(1).then(|| Grid::random(rng, tokens, channels, 3.0)),
-                delta_bias: on(2).then(|| random(rng, channels, 0.1)),
+                delta_bias: on(2).then_some(delta_bias),
                 softplus: on(3),
                 state_in: on(4).then(|| Grid::random(rng, lengths.len(), channels * d_state, 1.0)),
             }

@@ -27,6 +27,7 @@ impl HostMemory {
 
     /// The segments that have rows, once they are known to cover `tokens` rows.
     pub fn table(&mut self, op: &'static str, segments: &SegmentsView, tokens: usize) -> Result<Vec<table::Row>> {
+        self.place(segments.positions)?;
         let values = self.ids(segments.table)?;
         let (rows, _) = values.as_chunks::<SEGMENT_FIELDS>();
         table::cover(op, rows, tokens)?;
@@ -41,6 +42,7 @@ impl HostMemory {
         shape: (usize, usize),
         fresh: bool,
     ) -> Result<Array3<f64>> {
+        view.map_or(Ok(()), |view| self.place(view).map(drop))?;
         let mut states = Array3::zeros((table.len(), shape.0, shape.1));
         for (&[_, _, past, slot, _], mut state) in table.iter().zip(states.axis_iter_mut(Axis(0))) {
             if let Some(view) = view.filter(|_| past > 0 || !fresh) {
@@ -54,6 +56,7 @@ impl HostMemory {
     /// Puts states into their slots.
     pub fn store_states(&mut self, view: Option<View>, table: &[table::Row], states: &Array3<f64>) -> Result<()> {
         let Some(view) = view else { return Ok(()) };
+        self.place(view)?;
         for (&[_, _, _, slot, _], state) in table.iter().zip(states.axis_iter(Axis(0))) {
             self.store(view.row_range(slot as usize, 1)?, state.flatten().insert_axis(Axis(0)).view(), false)?;
         }
@@ -251,44 +254,30 @@ impl Head {
     pub fn teacher(&self) -> Option<ndarray::ArrayView2<'_, f64>> {
         self.teacher.as_ref().map(|teacher| teacher.view())
     }
+}
 
-    /// A row of the device's statistics, whose crosses are of the logits themselves where the formula's are of logits
-    /// relative to their maxima.
-    pub fn statistics_row(&self, of_row: &formulas::RowStatistics<f64>, label: bool) -> [f64; ops::STATISTICS] {
-        let shift = of_row.student_max - of_row.teacher_max;
-        let mut row = [
-            of_row.student_max,
-            of_row.student_sum,
-            of_row.teacher_max,
-            of_row.teacher_sum,
-            of_row.reverse_cross + of_row.student_sum * shift,
-            of_row.forward_cross - of_row.teacher_sum * shift,
-            if label { of_row.label_logit } else { 0.0 },
-        ];
-        if self.teacher.is_none() {
-            row[2..6].fill(0.0);
-        }
-        row
-    }
+/// A row of the device's statistics.
+pub fn statistics_row(of_row: &formulas::RowStatistics<f64>) -> [f64; ops::STATISTICS] {
+    [
+        of_row.student_max,
+        of_row.student_sum,
+        of_row.teacher_max,
+        of_row.teacher_sum,
+        of_row.reverse_cross,
+        of_row.forward_cross,
+        of_row.label_logit,
+    ]
+}
 
-    /// The inverse of [`Head::statistics_row`].
-    pub fn row_statistics(&self, row: ndarray::ArrayView1<f64>, label: bool) -> formulas::RowStatistics<f64> {
-        let (student_max, student_sum) = (row[0], row[1]);
-        let label_logit = if label { row[6] } else { f64::NEG_INFINITY };
-        let (teacher_max, teacher_sum, reverse, forward) = if self.teacher.is_some() {
-            (row[2], row[3], row[4], row[5])
-        } else {
-            (student_max, student_sum, 0.0, 0.0)
-        };
-        let shift = student_max - teacher_max;
-        formulas::RowStatistics {
-            student_max,
-            student_sum,
-            teacher_max,
-            teacher_sum,
-            reverse_cross: reverse - student_sum * shift,
-            forward_cross: forward + teacher_sum * shift,
-            label_logit,
-        }
+/// The inverse of [`statistics_row`].
+pub fn row_statistics(row: ndarray::ArrayView1<f64>) -> formulas::RowStatistics<f64> {
+    formulas::RowStatistics {
+        student_max: row[0],
+        student_sum: row[1],
+        teacher_max: row[2],
+        teacher_sum: row[3],
+        reverse_cross: row[4],
+        forward_cross: row[5],
+        label_logit: row[6],
     }
 }

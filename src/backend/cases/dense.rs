@@ -1,0 +1,113 @@
+//! Embedding, norm, products, gated activation.
+
+use super::Verdict;
+use super::trial::Trial;
+use crate::backend::{DType, Out, ops};
+
+const MOST: usize = 200;
+
+pub fn embed(t: &mut Trial) -> Verdict {
+    let (tokens, vocabulary, hidden) = (t.size(MOST), t.size(MOST), t.size(MOST));
+    let ids: Vec<_> = (0..tokens).map(|_| t.below(vocabulary)).collect();
+    let ids = t.ids("ids", 1, tokens, &ids)?;
+    let weight = t.weight("weight", vocabulary, hidden)?;
+    let out = t.output("out", tokens, hidden, 0)?;
+    t.run(|on| on.device.embed(&ops::Embed { ids: on.view(ids), weight: on.view(weight), out: on.view(out) }))
+}
+
+pub fn embed_backward(t: &mut Trial) -> Verdict {
+    let (tokens, vocabulary, hidden) = (t.size(MOST), t.size(MOST), t.size(MOST));
+    let ids: Vec<_> = (0..tokens).map(|_| t.below(vocabulary)).collect();
+    let ids = t.ids("ids", 1, tokens, &ids)?;
+    let dout = t.input("dout", tokens, hidden)?;
+    let dweight = t.weight_output("dweight", DType::F32, vocabulary, hidden, tokens, true)?;
+    t.run(|on| {
+        let (ids, dout, dweight) = (on.view(ids), on.view(dout), on.view(dweight));
+        on.device.embed_backward(&ops::EmbedBackward { ids, dout, dweight })
+    })
+}
+
+pub fn rms_norm(t: &mut Trial) -> Verdict {
+    let (tokens, hidden) = (t.size(MOST), t.size(MOST));
+    let x = t.input("x", tokens, hidden)?;
+    let weight = t.parameter("weight", 1, hidden)?;
+    let out = t.output("out", tokens, hidden, hidden)?;
+    let inv_rms = if t.coin() { Some(t.output("inv_rms", 1, tokens, hidden)?) } else { None };
+    t.run(|on| {
+        let (x, weight, out, inv_rms) = (on.view(x), on.view(weight), on.view(out), on.maybe(inv_rms));
+        on.device.rms_norm(&ops::RmsNorm { x, weight, eps: 1e-5, out, inv_rms })
+    })
+}
+
+pub fn rms_norm_backward(t: &mut Trial) -> Verdict {
+    let (tokens, hidden) = (t.size(MOST), t.size(MOST));
+    let x = t.input("x", tokens, hidden)?;
+    let weight = t.parameter("weight", 1, hidden)?;
+    let out = t.kept("out", tokens, hidden)?;
+    let inv_rms = t.kept("inv_rms", 1, tokens)?;
+    t.prepare(|on| {
+        let (x, weight, out, inv_rms) = (on.view(x), on.view(weight), on.view(out), Some(on.view(inv_rms)));
+        on.device.rms_norm(&ops::RmsNorm { x, weight, eps: 1e-2, out, inv_rms })
+    })?;
+    let dout = t.input("dout", tokens, hidden)?;
+    let (dx, add) = t.out("dx", tokens, hidden, hidden)?;
+    let dweight = if t.coin() { Some(t.changed("dweight", 1, hidden, tokens)?) } else { None };
+    t.run(|on| {
+        let (x, weight, inv_rms, dout) = (on.view(x), on.view(weight), on.view(inv_rms), on.view(dout));
+        let (dx, dweight) = (Out { view: on.view(dx), add }, on.maybe(dweight));
+        on.device.rms_norm_backward(&ops::RmsNormBackward { x, weight, inv_rms, dout, dx, dweight })
+    })
+}
+
+pub fn linear(t: &mut Trial, most_tokens: usize) -> Verdict {
+    let (tokens, inputs, outputs) = (t.size(most_tokens), t.size(MOST), t.size(MOST));
+    let x = t.input("x", tokens, inputs)?;
+    let weight = t.weight("weight", outputs, inputs)?;
+    let bias = if t.coin() { Some(t.parameter("bias", 1, outputs)?) } else { None };
+    let (out, add) = t.out("out", tokens, outputs, inputs)?;
+    t.run(|on| {
+        let (x, weight, bias, out) = (on.view(x), on.view(weight), on.maybe(bias), Out { view: on.view(out), add });
+        on.device.linear(&ops::Linear { x, weight, bias, out })
+    })
+}
+
+pub fn linear_backward_input(t: &mut Trial) -> Verdict {
+    let (tokens, inputs, outputs) = (t.size(MOST), t.size(MOST), t.size(MOST));
+    let dout = t.input("dout", tokens, outputs)?;
+    let weight = t.weight("weight", outputs, inputs)?;
+    let (dx, add) = t.out("dx", tokens, inputs, outputs)?;
+    t.run(|on| {
+        let (dout, weight, dx) = (on.view(dout), on.view(weight), Out { view: on.view(dx), add });
+        on.device.linear_backward_input(&ops::LinearBackwardInput { dout, weight, dx })
+    })
+}
+
+pub fn linear_backward_weight(t: &mut Trial) -> Verdict {
+    let (tokens, inputs, outputs) = (t.size(MOST), t.size(MOST), t.size(MOST));
+    let x = t.input("x", tokens, inputs)?;
+    let dout = t.input("dout", tokens, outputs)?;
+    let dweight = t.weight_output("dweight", DType::F32, outputs, inputs, tokens, true)?;
+    let dbias = if t.coin() { Some(t.changed("dbias", 1, outputs, tokens)?) } else { None };
+    t.run(|on| {
+        let (x, dout, dweight, dbias) = (on.view(x), on.view(dout), on.view(dweight), on.maybe(dbias));
+        on.device.linear_backward_weight(&ops::LinearBackwardWeight { x, dout, dweight, dbias })
+    })
+}
+
+pub fn swiglu(t: &mut Trial) -> Verdict {
+    let (tokens, width) = (t.size(MOST), t.size(MOST));
+    let (gate, up) = (t.input("gate", tokens, width)?, t.input("up", tokens, width)?);
+    let out = t.output("out", tokens, width, 1)?;
+    t.run(|on| on.device.swiglu(&ops::Swiglu { gate: on.view(gate), up: on.view(up), out: on.view(out) }))
+}
+
+pub fn swiglu_backward(t: &mut Trial) -> Verdict {
+    let (tokens, width) = (t.size(MOST), t.size(MOST));
+    let (gate, up) = (t.input("gate", tokens, width)?, t.input("up", tokens, width)?);
+    let dout = t.input("dout", tokens, width)?;
+    let (dgate, dup) = (t.output("dgate", tokens, width, 1)?, t.output("dup", tokens, width, 1)?);
+    t.run(|on| {
+        let (gate, up, dout, dgate, dup) = (on.view(gate), on.view(up), on.view(dout), on.view(dgate), on.view(dup));
+        on.device.swiglu_backward(&ops::SwigluBackward { gate, up, dout, dgate, dup })
+    })
+}

@@ -1,0 +1,311 @@
+//! One step of training after the other: forward, loss, backward over the micro-batches of a step, then the optimiser.
+
+use super::error::{Error, Result};
+use super::optimizer::{AdamW, AdamWOptions, Trained};
+use super::teacher::Teacher;
+use crate::backend::ops::{Copy, LossWeights};
+use crate::backend::{Buffer, DType, Device, Out, Readback, Segments};
+use crate::model::decoder::{Activations, Keep, Model};
+use crate::model::head::{LossHead, LossKind, Targets};
+use crate::model::weights::Gradients;
+use crate::text::packing::Batch;
+
+/// What the summed losses of a step are divided by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Divisor {
+    /// The tokens of the whole step whose logits count, as Fast-LLM does today.
+    #[default]
+    Counted,
+    /// All tokens of the step, as Fast-LLM did in 2025.
+    All,
+}
+
+/// What a trainer does at every step.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainerOptions {
+    /// Which parameters change.
+    pub trained: Trained,
+    /// The optimiser's numbers.
+    pub optimizer: AdamWOptions,
+    /// The losses.
+    pub loss: LossKind,
+    /// What they are divided by.
+    pub divisor: Divisor,
+    /// Whether backward computes each block again from its input, which takes less memory and more time.
+    pub recompute: bool,
+    /// How activations are stored.
+    pub dtype: DType,
+    /// So many steps in a row without a finite loss and gradient norm end the run.
+    pub patience: u64,
+}
+
+/// The sizes of the largest micro-batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Rows. It decides in how many chunks the head is computed, and so, in the last bits, the gradients.
+    pub tokens: usize,
+    /// Segments. A batch that has more is no error: memory for it is made then.
+    pub segments: usize,
+}
+
+/// The numbers of a step, read back while the next one runs. Losses are means over the tokens that count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// The step, counted from 1.
+    pub step: u64,
+    /// Its learning rate.
+    pub rate: f64,
+    /// The weighted sum of the losses, which the gradients are of.
+    pub loss: f64,
+    /// Reverse KL, forward KL and cross-entropy, not weighted; 0 where there is no teacher or no label.
+    pub losses: [f64; 3],
+    /// The norm of all gradients before clipping.
+    pub gradient_norm: f64,
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// Those of them whose logits count.
+    pub counted: usize,
+}
+
+impl StepReport {
+    /// Whether the update took place.
+    pub fn finite(&self) -> bool {
+        self.loss.is_finite() && self.gradient_norm.is_finite()
+    }
+}
+
+/// What a trainer has to remember, beside weights and moments, to go on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// How many of the last steps were not finite.
+    pub unfinite: u64,
+}
+
+struct Pending {
+    report: StepReport,
+    /// The factor from a total to a mean over the tokens that count.
+    scale: f64,
+    numbers: Readback,
+}
+
+/// A model with all that changes it. Knows nothing of where batches come from or where results go.
+pub struct Trainer {
+    model: Model,
+    teacher: Option<Teacher>,
+    options: TrainerOptions,
+    room: Room,
+    gradients: Gradients,
+    optimizer: AdamW,
+    activations: Option<Activations>,
+    head: LossHead,
+    /// `[1, 4]`: the three totals and the norm, to be read at once.
+    numbers: Buffer,
+    progress: Progress,
+    pending: Option<Pending>,
+    segments: Segments,
+    rows: Vec<u32>,
+    labels: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl std::fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer")
+            .field("options", &self.options)
+            .field("room", &self.room)
+            .field("progress", &self.progress)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Trainer {
+    /// A trainer of `model` for micro-batches within `room`, at its first step.
+    ///
+    /// # Errors
+    /// When a loss asks for a teacher that is not there, vocabularies differ, nothing trains, or the device has no room.
+    pub fn new(model: Model, teacher: Option<Teacher>, options: TrainerOptions, room: Room) -> Result<Self> {
+        let LossWeights { reverse_kl, forward_kl, .. } = options.loss.weights;
+        if teacher.is_none() && (reverse_kl != 0.0 || forward_kl != 0.0) {
+            return Err(Error::Configuration("a KL loss needs a teacher".into()));
+        }
+        let device = model.device().clone();
+        let gradients = Gradients::new(&device, model.weights().table(), |p| options.trained.includes(p))?;
+        let mut trainer = Trainer {
+            optimizer: AdamW::new(&model, &gradients, options.optimizer)?,
+            head: LossHead::new(&model, teacher.as_ref().map(|teacher| &**teacher.model()), room.tokens, false)?,
+            numbers: device.alloc(DType::F32, 1, 4)?,
+            rows: Vec::with_capacity(room.tokens),
+            labels: Vec::with_capacity(room.tokens),
+            weights: Vec::with_capacity(room.tokens),
+            segments: Segments::default(),
+            activations: None,
+            progress: Progress::default(),
+            pending: None,
+            model,
+            teacher,
+            options,
+            room,
+            gradients,
+        };
+        trainer.reserve(room.segments)?;
+        Ok(trainer)
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The teacher.
+    pub fn teacher(&self) -> Option<&Teacher> {
+        self.teacher.as_ref()
+    }
+
+    /// The gradients of the last step, before clipping.
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
+    }
+
+    /// The optimiser.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// What it does at every step.
+    pub fn options(&self) -> &TrainerOptions {
+        &self.options
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// Gives the model and the teacher back; what was not yet read of the last step is lost.
+    pub fn into_parts(self) -> (Model, Option<Teacher>) {
+        (self.model, self.teacher)
+    }
+
+    /// Goes on after `progress`; weights and what the optimiser keeps have been written already.
+    pub(super) fn set_progress(&mut self, progress: Progress) {
+        self.progress = progress;
+        self.pending = None;
+    }
+
+    /// One step over `batches`, whose gradients add up, with learning rate `rate`. Gives the numbers of the step before
+    /// it; [`Self::finish`] gives the last one's.
+    ///
+    /// # Errors
+    /// When a batch is larger than the trainer was made for, the device fails, or too many steps in a row were not
+    /// finite.
+    pub fn step(&mut self, batches: &[Batch], rate: f64) -> Result<Option<StepReport>> {
+        let device = self.model.device().clone();
+        let (tokens, counted) = batches
+            .iter()
+            .fold((0, 0), |(tokens, counted), batch| (tokens + batch.tokens(), counted + batch.counted_tokens()));
+        let divisor = match self.options.divisor {
+            Divisor::Counted => counted,
+            Divisor::All => tokens,
+        };
+        self.optimizer.clear(&self.gradients)?;
+        self.head.clear(&device)?;
+        for batch in batches.iter().filter(|batch| batch.counted.contains(&true)) {
+            self.accumulate(batch, 1.0 / divisor as f32)?;
+        }
+        self.progress.step += 1;
+        self.optimizer.step(self.model.weights(), &self.gradients, rate, self.progress.step)?;
+        let numbers = self.numbers.view();
+        device.copy(&Copy { src: self.head.totals(), out: Out::assign(numbers.col_range(0, 3)?) })?;
+        device.copy(&Copy { src: self.optimizer.norm()?, out: Out::assign(numbers.col_range(3, 1)?) })?;
+        let (step, losses) = (self.progress.step, [0.0; 3]);
+        let report = StepReport { step, rate, loss: 0.0, losses, gradient_norm: 0.0, tokens, counted };
+        let scale = if counted == 0 { 0.0 } else { divisor as f64 / counted as f64 };
+        let before = self.pending.replace(Pending { report, scale, numbers: device.read(numbers)? });
+        before.map(|pending| self.collect(pending)).transpose()
+    }
+
+    /// Waits for the numbers of the last step, if they were not given yet.
+    ///
+    /// # Errors
+    /// When the device failed, or too many steps in a row were not finite.
+    pub fn finish(&mut self) -> Result<Option<StepReport>> {
+        self.pending.take().map(|pending| self.collect(pending)).transpose()
+    }
+
+    fn collect(&mut self, Pending { mut report, scale, numbers }: Pending) -> Result<StepReport> {
+        let numbers = numbers.wait()?;
+        let weights = self.options.loss.weights;
+        let weights = [weights.reverse_kl, weights.forward_kl, weights.cross_entropy];
+        for (loss, total) in report.losses.iter_mut().zip(&numbers) {
+            *loss = f64::from(*total) * scale;
+        }
+        let used = report.losses.iter().zip(weights).filter(|(_, weight)| *weight != 0.0);
+        report.loss = used.map(|(loss, weight)| loss * f64::from(weight)).sum();
+        report.gradient_norm = f64::from(numbers.last().copied().unwrap_or(f32::NAN));
+        self.progress.unfinite = if report.finite() { 0 } else { self.progress.unfinite + 1 };
+        if self.progress.unfinite >= self.options.patience.max(1) {
+            return Err(Error::Diverged { step: report.step, in_a_row: self.progress.unfinite });
+        }
+        Ok(report)
+    }
+
+    /// Forward, loss and backward of one micro-batch, each of its rows that count with weight `weight`.
+    fn accumulate(&mut self, batch: &Batch, weight: f32) -> Result<()> {
+        if batch.tokens() > self.room.tokens {
+            let what = format!("a batch of {} tokens; there is room for {}", batch.tokens(), self.room.tokens);
+            return Err(Error::Configuration(what));
+        }
+        if batch.segments.len() > self.room.segments {
+            self.reserve(batch.segments.len() + batch.segments.len() / 4)?;
+        }
+        self.segments.clear();
+        for (slot, segment) in batch.segments.iter().enumerate() {
+            self.segments.push(segment.len, 0, slot)?;
+        }
+        self.rows.clear();
+        self.labels.clear();
+        for (row, (label, _)) in batch.labels.iter().zip(&batch.counted).enumerate().filter(|(_, (_, counts))| **counts)
+        {
+            self.rows.push(row as u32);
+            self.labels.push(*label);
+        }
+        self.weights.clear();
+        self.weights.resize(self.rows.len(), weight);
+        let Trainer { model, teacher, gradients, activations, head, segments, .. } = self;
+        let Some(activations) = activations else { return Ok(()) };
+        let outputs = teacher.as_mut().map(|teacher| teacher.outputs(&batch.ids, segments, &self.rows)).transpose()?;
+        model.forward(activations, &batch.ids, segments, None, None)?;
+        let targets = Targets {
+            rows: &self.rows,
+            labels: &self.labels,
+            weights: &self.weights,
+            teacher: teacher.as_ref().zip(outputs).map(|(teacher, view)| (&**teacher.model(), view)),
+        };
+        let stream = (activations.output()?, activations.doutput()?);
+        head.run(model, stream.0, &targets, self.options.loss, Some((gradients, stream.1)))?;
+        Ok(model.backward(activations, gradients)?)
+    }
+
+    /// Makes the memory for up to `segments` segments.
+    fn reserve(&mut self, segments: usize) -> Result<()> {
+        let Room { tokens, .. } = self.room;
+        let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        // The old memory goes before the new comes.
+        self.activations = None;
+        self.activations = Some(Activations::new(&self.model, keep, self.options.dtype, tokens, segments)?);
+        if let Some(teacher) = &mut self.teacher {
+            teacher.reserve(tokens, segments)?;
+        }
+        self.room.segments = segments;
+        Ok(())
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &Device {
+        self.model.device()
+    }
+}
