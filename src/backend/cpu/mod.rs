@@ -6,6 +6,8 @@ mod lines;
 pub mod math;
 pub mod matrix;
 pub mod norm;
+pub mod pack;
+pub mod products;
 pub mod rope;
 pub mod rows;
 pub mod sample;
@@ -16,4 +18,5 @@ pub mod segment;
 pub mod simd;
 #[cfg(test)]
 mod testing;
+pub mod tile;
 mod work;

@@ -159,6 +159,11 @@ impl Lanes for Avx2 {
         max8(unsafe { _mm256_max_ps(self.0, self.1) })
     }
     #[inline(always)]
+    fn call<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the features are there.
+        unsafe { run(kernel) }
+    }
+    #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
         let mut columns = rows;
         for i in 0..8 {

@@ -162,6 +162,11 @@ impl Lanes for Avx512 {
         super::avx2::max8(unsafe { _mm256_max_ps(low, high) })
     }
     #[inline(always)]
+    fn call<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the features are there.
+        unsafe { run(kernel) }
+    }
+    #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
         // SAFETY: the features are there.
         unsafe { transpose16(rows.map(|row| row.0)).map(Self) }

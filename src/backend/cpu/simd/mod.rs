@@ -96,6 +96,8 @@ pub trait Lanes:
     fn sum(self) -> f32;
     /// The largest lane, by the same tree of [`Lanes::max`].
     fn max_lane(self) -> f32;
+    /// Runs `kernel` with this instruction set, out of line: for a large body with many callers.
+    fn call<K: Kernel>(kernel: K) -> K::Output;
     /// Lane j of value i becomes lane i of value j.
     #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
@@ -159,6 +161,8 @@ pub trait Mask: Copy {
 
 /// A storage type that widens exactly to f32 as it is loaded.
 pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// Whether nothing is to be widened.
+    const IS_F32: bool;
     /// The 16 values at `p`, widened.
     /// # Safety
     /// 16 values at `p` are readable; no alignment is needed.
@@ -168,6 +172,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
 }
 
 impl Element for f32 {
+    const IS_F32: bool = true;
     #[inline(always)]
     unsafe fn load_ptr<L: Lanes>(p: *const f32) -> L {
         // SAFETY: as the caller promises.
@@ -180,6 +185,7 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const IS_F32: bool = false;
     #[inline(always)]
     unsafe fn load_ptr<L: Lanes>(p: *const bf16) -> L {
         // SAFETY: as the caller promises.
@@ -192,6 +198,7 @@ impl Element for bf16 {
 }
 
 impl Element for f16 {
+    const IS_F32: bool = false;
     #[inline(always)]
     unsafe fn load_ptr<L: Lanes>(p: *const f16) -> L {
         // SAFETY: as the caller promises.
@@ -294,9 +301,27 @@ impl Simd {
             Level::Avx2 => unsafe { avx2::run(kernel) },
             #[cfg(target_arch = "aarch64")]
             Level::Neon => neon::run(kernel),
-            Level::Portable => kernel.run::<portable::Portable>(),
+            Level::Portable => portable::run(kernel),
         }
     }
+}
+
+/// Asks for the cache line at `p`, which need not exist, to be brought into the second-level cache.
+#[inline(always)]
+pub fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing that the program can see, and every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch reads nothing that the program can see.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{}]", in(reg) p, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = p;
 }
 
 /// The operators of a `Lanes` type from its inherent `add`, `sub`, `mul`, `div`, `neg`.

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use std::arch::aarch64::*;
 
 /// Runs `kernel` with NEON.
+#[inline(never)]
 pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Neon>()
 }
@@ -145,6 +146,10 @@ impl Lanes for Neon {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         reduce(self.to_array(), |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn call<K: Kernel>(kernel: K) -> K::Output {
+        run(kernel)
     }
 }
 

@@ -1,8 +1,14 @@
 //! [`Lanes`] as an array, for a machine without the vector instructions that the other files use.
 
-use super::{LANES, Lanes, Mask, operators};
+use super::{Kernel, LANES, Lanes, Mask, operators};
 use half::{bf16, f16};
 use std::array::from_fn;
+
+/// Runs `kernel` with what every machine of this kind has.
+#[inline(never)]
+pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Portable>()
+}
 
 /// Sixteen lanes in an array.
 #[derive(Clone, Copy)]
@@ -181,6 +187,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn max_lane(self) -> f32 {
         self.reduce(greater)
+    }
+    #[inline(always)]
+    fn call<K: Kernel>(kernel: K) -> K::Output {
+        run(kernel)
     }
 }
 
