@@ -136,7 +136,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_line_has_every_column(cells in prop::collection::vec(prop::collection::vec("[ab|é\n]{0,5}", 0..5), 0..5)) {
+        fn every_line_has_every_column(
+            cells in prop::collection::vec(prop::collection::vec("[ab|é\n]{0,5}", 0..5), 0..5),
+        ) {
             let mut table = Table::new(&[("a", Align::Left), ("b", Align::Right), ("c", Align::Left)]);
             for row in &cells {
                 table.row(row);

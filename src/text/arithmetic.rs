@@ -1,4 +1,5 @@
-//! The task of the bundled example: multi-digit arithmetic and look-up chains, with worked steps and the answer after `>`.
+//! The task of the bundled example: multi-digit arithmetic and look-up chains, with worked steps and the answer after
+//! `>`.
 //!
 //! | kind | a problem |
 //! |---|---|
@@ -18,11 +19,13 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
 
-/// The lengths an operand may have (`vars`: how many variables, and how many terms): there are eight names of variables.
+/// The lengths an operand may have (`vars`: how many variables, and how many terms): there are eight names of
+/// variables.
 pub const DIGITS: RangeInclusive<u32> = 1..=8;
 
-/// Every character that a problem may hold, and the space and the newline that may lie around one. With the four special
-/// tokens of [`write_character_tokenizer`](super::characters::write_character_tokenizer) they make a vocabulary of 32.
+/// Every character that a problem may hold, and the space and the newline that may lie around one. With the four
+/// special tokens of [`write_character_tokenizer`](super::characters::write_character_tokenizer) they make a vocabulary
+/// of 32.
 pub const ALPHABET: &str = "0123456789+-*=;:>?abcdefgh \n";
 
 /// One question in this many belongs to [`Split::Test`].

@@ -33,7 +33,7 @@ pub enum DatasetError {
         source: io::Error,
     },
     /// The name does not say what is in the file.
-    #[error("{}: expected a file ending in .jsonl or .ndjson (one JSON object a line) or .txt (one text)", path.display())]
+    #[error("{}: expected .jsonl or .ndjson (one JSON object a line) or .txt (one text)", path.display())]
     UnknownFormat {
         /// The file.
         path: PathBuf,
@@ -285,7 +285,8 @@ impl Documents {
         Some(Document { ids: &self.ids[start..end], counts: &self.counts[start..end] })
     }
 
-    /// Sixteen hexadecimal digits that tell these documents from others: the start of a SHA-256 over everything in them.
+    /// Sixteen hexadecimal digits that tell these documents from others: the start of a SHA-256 over everything in
+    /// them.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for end in &self.ends {

@@ -10,7 +10,8 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The file that names a tokenizer's special tokens.
 pub const CONFIG_FILE: &str = "tokenizer_config.json";
 
-/// The files beside the weights that say how to turn text into ids: those that a new checkpoint takes over from its source.
+/// The files beside the weights that say how to turn text into ids: those that a new checkpoint takes over from its
+/// source.
 pub const FILES: [&str; 5] =
     [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
 
@@ -96,8 +97,8 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The text of `ids`; `skip_special` leaves special tokens out. An id that the vocabulary does not have says nothing;
-    /// bytes that are no UTF-8 become U+FFFD.
+    /// The text of `ids`; `skip_special` leaves special tokens out. An id that the vocabulary does not have says
+    /// nothing; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
         self.inner.decode(ids, skip_special).map_err(failed)
     }
@@ -144,7 +145,8 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<(), TokenizerError> {
     Ok(())
 }
 
-/// Text as its tokens come, never half a character: a piece is held back until the bytes of its last character are there.
+/// Text as its tokens come, never half a character: a piece is held back until the bytes of its last character are
+/// there.
 ///
 /// The pieces, and [`finish`](Self::finish) after them, make up what [`Tokenizer::decode`] gives for all ids at once.
 #[derive(Clone, Debug, Default)]

@@ -111,7 +111,8 @@ proptest! {
         let kept = thin(points.iter().copied(), column);
         prop_assert!(kept.windows(2).all(|pair| pair[0].0 < pair[1].0));
         for run in points.chunks(width) {
-            let inside: Vec<(f64, f64)> = kept.iter().copied().filter(|point| column(point.0) == column(run[0].0)).collect();
+            let here = |point: &(f64, f64)| column(point.0) == column(run[0].0);
+            let inside: Vec<(f64, f64)> = kept.iter().copied().filter(here).collect();
             let range = |points: &[(f64, f64)]| {
                 points.iter().fold((f64::MAX, f64::MIN), |(low, high), point| (low.min(point.1), high.max(point.1)))
             };
