@@ -154,7 +154,7 @@ mod tests {
             // At a border between two tokens rounding may choose either.
             let expected = |shift: f64| {
                 let uniforms: Vec<f64> = exact.iter().map(|uniform| (uniform + shift).clamp(0.0, 1.0)).collect();
-                h1_reference::sample(logits.f64().view(), f64::from(temperature), &uniforms)
+                h1_reference::sample(logits.f64().view(), &vec![f64::from(temperature); rows], &uniforms)
             };
             let (low, high) = (expected(-1e-6), expected(1e-6));
             for row in 0..rows {
