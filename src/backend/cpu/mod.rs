@@ -1,5 +1,7 @@
 //! The CPU backend.
 
+pub mod conv;
+pub mod conv_backward;
 pub mod elementwise;
 pub mod gradient;
 mod lines;

@@ -315,10 +315,10 @@ fn advance<L: Lanes>(state: &mut [f32], a: &[f32], dt: L, input: L, b: &[f32], c
 #[cfg(test)]
 pub(super) mod tests {
     use super::super::testing::{
-        Grid, assert_close, assert_same_bits, everywhere, f64s, random, reference_segments, segments,
+        Grid, assert_close, assert_same_bits, everywhere, expected_states, f64s, random, reference_segments, segments,
+        states_by_segment, written_states,
     };
     use super::*;
-    use ndarray::Array3;
     use proptest::prelude::*;
 
     /// Everything a scan reads, at random.
@@ -401,22 +401,13 @@ pub(super) mod tests {
             self.inputs().u.rows() / SCAN_CHUNK + self.segments.len()
         }
 
-        /// What a slot's state holds, `[segments, channels, d_state]`, 0 where a sequence starts afresh.
-        pub fn by_segment(&self, states: &Grid) -> Array3<f64> {
-            let (channels, d_state) = self.a.f64().dim();
-            let states = states.f64();
-            Array3::from_shape_fn((self.segments.len(), channels, d_state), |(s, c, m)| {
-                let segment = &self.segments[s];
-                if segment.past > 0 { states[[segment.slot as usize, c * d_state + m]] } else { 0.0 }
-            })
-        }
-
         /// The inputs of the reference.
         pub fn reference<R>(&self, f: impl FnOnce(&h1_reference::ScanInputs<f64>, &[h1_reference::Segment]) -> R) -> R {
             let [u, delta, a, b, c] = [&self.u, &self.delta, &self.a, &self.b, &self.c].map(Grid::f64);
             let (d, delta_bias) = (self.d.as_deref().map(f64s), self.delta_bias.as_deref().map(f64s));
             let z = self.z.as_ref().map(Grid::f64);
-            let state_in = self.state_in.as_ref().map(|states| self.by_segment(states));
+            let shape = self.a.f64().dim();
+            let state_in = self.state_in.as_ref().map(|states| states_by_segment(&self.segments, states, shape));
             let inputs = h1_reference::ScanInputs {
                 u: u.view(),
                 delta: delta.view(),
@@ -431,18 +422,6 @@ pub(super) mod tests {
             };
             f(&inputs, &reference_segments(&self.segments))
         }
-    }
-
-    /// Rows of slots in the order of segments, those of segments without rows left out.
-    pub fn written(segments: &[Segment], states: &[f32], values: usize) -> Vec<f32> {
-        let rows = segments.iter().filter(|segment| segment.len > 0);
-        rows.flat_map(|segment| &states[segment.slot as usize * values..][..values]).copied().collect()
-    }
-
-    /// The same rows of an array by segment.
-    pub fn expected_states(segments: &[Segment], states: &Array3<f64>) -> Vec<f64> {
-        let rows = segments.iter().zip(states.outer_iter()).filter(|(segment, _)| segment.len > 0);
-        rows.flat_map(|(_, state)| state.iter().copied().collect::<Vec<_>>()).collect()
     }
 
     fn lengths() -> impl Strategy<Value = Vec<(usize, usize)>> {
@@ -465,7 +444,7 @@ pub(super) mod tests {
                 let mut saved = Grid::poisoned(case.saved_rows(), channels * d_state);
                 let (states_to, saved_to) = (states.view_mut(), saved.view_mut());
                 selective_scan(simd, &case.inputs(), Some(&states_to), Some(&saved_to), &out.view_mut());
-                vec![out.values(), written(&case.segments, &states.values(), channels * d_state)]
+                vec![out.values(), written_states(&case.segments, &states.values(), channels * d_state)]
             });
             let (out, states) = case.reference(h1_reference::selective_scan);
             assert_close("out", &outputs[0], &out, 1e-6);

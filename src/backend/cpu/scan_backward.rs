@@ -327,8 +327,8 @@ impl Backward<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::scan::selective_scan;
-    use super::super::scan::tests::{Case, expected_states, sizes, written};
-    use super::super::testing::{Grid, assert_close, everywhere, f64s, random};
+    use super::super::scan::tests::{Case, sizes};
+    use super::super::testing::{Grid, assert_close, everywhere, expected_states, f64s, random, written_states};
     use super::*;
     use proptest::prelude::*;
 
@@ -376,7 +376,7 @@ mod tests {
                 };
                 let dstate_out = dstate_out.as_ref().map(Grid::view);
                 selective_scan_backward(simd, &inputs, saved.view(), dout.view(), dstate_out, &gradients);
-                let dstate_in = written(&case.segments, &dstate_in.values(), channels * d_state);
+                let dstate_in = written_states(&case.segments, &dstate_in.values(), channels * d_state);
                 let [du, ddelta, da, db, dc, dz] = [du, ddelta, da, db, dc, dz].map(|grid| grid.values());
                 vec![du, ddelta, da, db, dc, dz, dd, dbias, dstate_in]
             });

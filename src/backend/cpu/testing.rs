@@ -4,7 +4,7 @@
 use super::matrix::{Rows, RowsMut};
 use super::segment::Segment;
 use super::simd::Simd;
-use ndarray::Array2;
+use ndarray::{Array2, Array3};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 use rayon::ThreadPool;
@@ -95,6 +95,27 @@ pub fn reference_segments(segments: &[Segment]) -> Vec<h1_reference::Segment> {
         .iter()
         .map(|s| h1_reference::Segment { start: s.start as usize, len: s.len as usize, past: s.past as usize })
         .collect()
+}
+
+/// What the states before each segment are, `[segments, shape]`: 0 where a sequence starts afresh.
+pub fn states_by_segment(segments: &[Segment], states: &Grid, shape: (usize, usize)) -> Array3<f64> {
+    let states = states.f64();
+    Array3::from_shape_fn((segments.len(), shape.0, shape.1), |(s, i, j)| {
+        let segment = &segments[s];
+        if segment.past > 0 { states[[segment.slot as usize, i * shape.1 + j]] } else { 0.0 }
+    })
+}
+
+/// The states of `values` values by slot in the order of segments, those of segments without rows left out.
+pub fn written_states(segments: &[Segment], states: &[f32], values: usize) -> Vec<f32> {
+    let rows = segments.iter().filter(|segment| segment.len > 0);
+    rows.flat_map(|segment| &states[segment.slot as usize * values..][..values]).copied().collect()
+}
+
+/// The same of states that are by segment already.
+pub fn expected_states(segments: &[Segment], states: &Array3<f64>) -> Vec<f64> {
+    let rows = segments.iter().zip(states.outer_iter()).filter(|(segment, _)| segment.len > 0);
+    rows.flat_map(|(_, state)| state.iter().copied().collect::<Vec<_>>()).collect()
 }
 
 /// Runs `kernel` on 1, 2 and 3 threads with each instruction set of the machine; the outputs must be the same bits.
