@@ -1,9 +1,11 @@
 //! The CPU backend.
 
+pub mod adamw;
 pub mod conv;
 pub mod conv_backward;
 pub mod elementwise;
 pub mod gradient;
+pub mod head_loss;
 mod lines;
 pub mod math;
 pub mod matrix;
