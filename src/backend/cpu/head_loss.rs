@@ -216,7 +216,7 @@ impl Row<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{Grid, assert_close, everywhere};
+    use super::super::testing::{Grid, everywhere};
     use super::*;
     use crate::random;
     use h1_reference as reference;
@@ -286,8 +286,11 @@ mod tests {
             let losses = statistics.iter().zip(&labels).map(|(row, label)| row.losses(label.is_some()));
             let expected: Vec<f64> =
                 losses.flat_map(|row| [row.reverse_kl, row.forward_kl, row.cross_entropy]).collect();
-            assert_close("gradient", &outputs[0], &logits, 2e-6);
-            assert_close("losses", &outputs[1], &expected, 2e-6);
+            // What a difference of two scaled logits of up to 12 loses, whatever is left of it.
+            let rounding = 4.0 * 12.0 * f64::from(f32::EPSILON);
+            for (found, expected) in outputs[0].iter().zip(&logits).chain(outputs[1].iter().zip(&expected)) {
+                prop_assert!((f64::from(*found) - expected).abs() <= rounding, "{found} for {expected}");
+            }
         }
     }
 }
