@@ -33,6 +33,11 @@ impl DeviceArguments {
         Ok(select::open(self.backend, self.threads)?)
     }
 
+    /// How weights are stored on it.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Loads a model onto it.
     pub(super) fn load(&self, device: &Device, path: &Path) -> anyhow::Result<Model> {
         Ok(checkpoint::load(device, path, self.dtype)?)

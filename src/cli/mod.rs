@@ -6,6 +6,8 @@ mod eval;
 mod forward;
 mod generate;
 mod inspect;
+mod interrupt;
+mod train;
 mod verify;
 
 use std::process::ExitCode;
@@ -27,6 +29,7 @@ enum Verb {
     Forward(forward::Arguments),
     Generate(generate::Arguments),
     Inspect(inspect::Arguments),
+    Train(train::Arguments),
     Verify(verify::Arguments),
 }
 
@@ -38,6 +41,7 @@ pub fn run() -> ExitCode {
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Generate(arguments) => generate::run(arguments),
         Verb::Inspect(arguments) => inspect::run(arguments),
+        Verb::Train(arguments) => train::run(arguments),
         Verb::Verify(arguments) => verify::run(arguments),
     };
     match result {

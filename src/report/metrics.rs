@@ -33,6 +33,16 @@ pub enum MetricsError {
         /// What was found.
         problem: String,
     },
+    /// Lines are missing that were there.
+    #[error("{} has {found} bytes; when the checkpoint was written it had {expected}", path.display())]
+    Short {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it has.
+        found: u64,
+        /// Bytes that it had.
+        expected: u64,
+    },
     /// The values to write are no object of named numbers.
     #[error("metrics of step {step} are not an object with named values: {problem}")]
     Values {
@@ -76,6 +86,24 @@ impl MetricsWriter {
             kept = end;
         }
         MetricsWriter::open(path, kept as u64)
+    }
+
+    /// Goes on after the first `length` bytes, as [`Self::length`] gave them; what follows them is cut off. A file that is
+    /// not there is created.
+    pub fn resume_at(path: &Path, length: u64) -> Result<MetricsWriter, MetricsError> {
+        let found = match std::fs::metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            result => result.map_err(|source| io_error(path, source))?.len(),
+        };
+        if found < length {
+            return Err(MetricsError::Short { path: path.to_path_buf(), found, expected: length });
+        }
+        MetricsWriter::open(path, length)
+    }
+
+    /// Bytes of the lines so far.
+    pub fn length(&self) -> Result<u64, MetricsError> {
+        self.file.metadata().map(|file| file.len()).map_err(|source| io_error(&self.path, source))
     }
 
     fn open(path: &Path, length: u64) -> Result<MetricsWriter, MetricsError> {
@@ -187,6 +215,19 @@ mod tests {
         assert_eq!(series(&records, "tokens"), [(2.0, 7.0)]);
         MetricsWriter::create(&path).unwrap();
         assert_eq!(read(&path).unwrap(), Vec::<Record>::new());
+    }
+
+    #[test]
+    fn a_file_is_cut_back_to_the_length_that_it_had_and_never_stretched() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::resume_at(&path, 0).unwrap();
+        writer.write(1, &json!({ "loss": 1 })).unwrap();
+        let length = writer.length().unwrap();
+        writer.write(1, &json!({ "event": "after" })).unwrap();
+        assert_eq!(MetricsWriter::resume_at(&path, length).unwrap().length().unwrap(), length);
+        assert_eq!(read(&path).unwrap().len(), 1);
+        assert!(matches!(MetricsWriter::resume_at(&path, length + 1), Err(MetricsError::Short { .. })));
     }
 
     #[test]

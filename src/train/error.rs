@@ -4,7 +4,11 @@ use std::path::{Path, PathBuf};
 
 use crate::backend;
 use crate::checkpoint::CheckpointError;
+use crate::report::metrics::MetricsError;
+use crate::text::arithmetic::ArithmeticError;
+use crate::text::dataset::DatasetError;
 use crate::text::packing::PackingError;
+use crate::text::tokenizer::TokenizerError;
 
 /// The result of this floor.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -22,6 +26,21 @@ pub enum Error {
     /// The data cannot be packed, or are not those of the checkpoint.
     #[error(transparent)]
     Packing(#[from] PackingError),
+    /// Metrics could not be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A data set could not be read.
+    #[error(transparent)]
+    Dataset(#[from] DatasetError),
+    /// Problems could not be made.
+    #[error(transparent)]
+    Arithmetic(#[from] ArithmeticError),
+    /// A text could not be turned into tokens.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// What looks on at a run failed.
+    #[error(transparent)]
+    Observer(Box<dyn std::error::Error + Send + Sync>),
     /// The system refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -74,12 +93,6 @@ pub enum Error {
     /// A run is already there.
     #[error("{} already holds a run: --resume continues it, another --out starts a new one", path.display())]
     Exists {
-        /// The run's folder.
-        path: PathBuf,
-    },
-    /// There is no run to continue.
-    #[error("{} holds no run to resume", path.display())]
-    NoRun {
         /// The run's folder.
         path: PathBuf,
     },

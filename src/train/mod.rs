@@ -1,10 +1,19 @@
-//! Losses, AdamW, the learning rate, the trainer.
+//! Losses, AdamW, the learning rate, the trainer; the folder of a run and the stretch of training in it.
 
+pub mod config;
 mod error;
+mod fresh;
+pub mod job;
 pub mod optimizer;
+pub mod run;
 pub mod schedule;
+pub mod session;
+pub mod settings;
+mod state;
 pub mod teacher;
 pub mod trainer;
 
 pub use error::{Error, Result};
+pub use fresh::fresh;
+pub use run::Run;
 pub use trainer::Trainer;
