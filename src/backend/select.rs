@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use super::reference::Reference;
-use super::{Device, Error, Result};
+use super::{Backend, Device, Error, Result, cpu};
 
 /// A backend as asked for on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,18 +20,29 @@ pub enum Name {
     Reference,
 }
 
+/// The backends, the fastest first.
+pub const ALL: [Name; 4] = [Name::Cuda, Name::Wgpu, Name::Cpu, Name::Reference];
+
+impl std::fmt::Display for Name {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Name::Auto => "auto",
+            Name::Cuda => "cuda",
+            Name::Wgpu => "wgpu",
+            Name::Cpu => "cpu",
+            Name::Reference => "reference",
+        })
+    }
+}
+
 impl std::str::FromStr for Name {
     type Err = String;
 
     fn from_str(name: &str) -> std::result::Result<Self, String> {
-        match name {
-            "auto" => Ok(Name::Auto),
-            "cuda" => Ok(Name::Cuda),
-            "wgpu" => Ok(Name::Wgpu),
-            "cpu" => Ok(Name::Cpu),
-            "reference" => Ok(Name::Reference),
-            _ => Err(format!("unknown backend '{name}': expected auto, cuda, wgpu, cpu or reference")),
-        }
+        let all = ALL.into_iter().chain([Name::Auto]);
+        all.into_iter()
+            .find(|known| known.to_string() == name)
+            .ok_or_else(|| format!("unknown backend '{name}': expected auto, cuda, wgpu, cpu or reference"))
     }
 }
 
@@ -40,15 +51,47 @@ impl std::str::FromStr for Name {
 /// # Errors
 /// When the backend is not in this build, or cannot be used on this machine.
 pub fn open(name: Name, threads: Option<NonZeroUsize>) -> Result<Device> {
-    let _ = threads;
-    let missing = |backend: &str| {
-        let why = "this build of h1 does not have it yet; cpu and reference work".into();
-        Err(Error::Unavailable { backend: backend.into(), why })
-    };
     match name {
+        Name::Auto | Name::Cpu => cpu::device(threads),
         Name::Reference => Ok(Device::new(Reference::new())),
-        Name::Auto | Name::Cpu => missing("cpu"),
-        Name::Cuda => missing("cuda"),
-        Name::Wgpu => missing("wgpu"),
+        Name::Cuda | Name::Wgpu => Err(missing(name)),
+    }
+}
+
+fn missing(name: Name) -> Error {
+    Error::Unavailable { backend: name.to_string(), why: "this build does not have it; cpu and reference work".into() }
+}
+
+/// The backends, the fastest first, each with the device that it would run on or the reason why it cannot be used.
+pub fn list(threads: Option<NonZeroUsize>) -> Vec<(Name, Result<String>)> {
+    let found = |name| match name {
+        Name::Auto | Name::Cpu => Ok(cpu::describe(threads)),
+        Name::Reference => Ok(Reference::new().info().device.clone()),
+        Name::Cuda | Name::Wgpu => Err(missing(name)),
+    };
+    ALL.into_iter().map(|name| (name, found(name))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ALL.into_iter().chain([Name::Auto]) {
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        assert!("gpu".parse::<Name>().unwrap_err().contains("gpu"));
+    }
+
+    #[test]
+    fn every_backend_is_listed_with_a_device_or_a_reason() {
+        for (name, found) in list(NonZeroUsize::new(2)) {
+            match found {
+                Ok(device) => assert!(matches!(name, Name::Cpu | Name::Reference) && !device.is_empty()),
+                Err(Error::Unavailable { backend, .. }) => assert_eq!(backend, name.to_string()),
+                Err(error) => panic!("{name}: {error}"),
+            }
+        }
     }
 }

@@ -49,7 +49,9 @@ pub fn head_loss(t: &mut Trial, with_teacher: bool) -> Verdict {
 
 pub fn head_loss_gradient(t: &mut Trial, with_teacher: bool, with_gradient: bool) -> Verdict {
     let Logits { rows, vocabulary, values, teacher, labels, scaling } = Logits::draw(t, with_teacher)?;
-    let terms = if with_gradient { vocabulary } else { 0 };
+    // A KL is a difference of logits ten times as large, which a sum of a hundred terms stands for.
+    let of_loss = vocabulary + 100;
+    let terms = if with_gradient { of_loss } else { 0 };
     let student = t.changed_of("student", rows, vocabulary, terms, |_, r, c| values[r * vocabulary + c])?;
     let statistics = t.kept("statistics", rows, ops::STATISTICS)?;
     t.prepare(|on| {
@@ -59,7 +61,7 @@ pub fn head_loss_gradient(t: &mut Trial, with_teacher: bool, with_gradient: bool
     let row_weights = t.input_of("row_weights", 1, rows, |t, _, _| if t.coin() { t.number(0.5, 2.0) } else { 0.0 })?;
     let (one, two) = (t.one_of(&[0.0, 1.0]), t.one_of(&[0.0, 0.3]));
     let weights = with_gradient.then_some(ops::LossWeights { reverse_kl: 1.0, forward_kl: two, cross_entropy: one });
-    let losses = t.output("losses", rows, 3, vocabulary)?;
+    let losses = t.output("losses", rows, 3, of_loss)?;
     t.run(|on| {
         on.device.head_loss_gradient(&ops::HeadLossGradient {
             student: on.view(student),

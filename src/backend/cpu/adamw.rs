@@ -2,7 +2,7 @@
 //! arXiv:1711.05101).
 
 use super::lines::{Sum, load, store};
-use super::matrix::{Rows, RowsMut};
+use super::matrix::RowsMut;
 use super::simd::{Kernel, LANES, Lanes, Simd};
 use super::work::parallel;
 use crate::backend::ops::Control;
@@ -55,15 +55,6 @@ pub fn clip_factor(squared_norm: f32, max_norm: f32, control: &mut [f32]) {
     let clip = if norm.is_finite() { (max_norm / (norm + 1e-6)).min(1.0) } else { f32::NAN };
     control[Control::Norm as usize] = norm;
     control[Control::Clip as usize] = clip;
-}
-
-/// `out[c] += Σ_r weights[r]·values[r, c]`, rows in order; rows of weight 0 are passed over.
-pub fn weighted_sum(values: Rows<'_>, weights: &[f32], out: &mut [f32]) {
-    for (col, out) in out.iter_mut().enumerate() {
-        let term = |(row, weight): (usize, &f32)| f64::from(*weight) * f64::from(values.row(row)[col]);
-        let total: f64 = weights.iter().enumerate().filter(|(_, weight)| **weight != 0.0).map(term).sum();
-        *out += total as f32;
-    }
 }
 
 /// What an update is made with.

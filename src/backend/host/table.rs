@@ -59,7 +59,15 @@ impl Pages<'_> {
         self.table[slot * self.width + position / self.page_size] as usize * self.page_size + position % self.page_size
     }
 
-    /// Every position of every segment up to its last, or those of its own rows alone, lies in a page of the pool.
+    /// The pages that a segment's own rows go to.
+    fn own_pages(&self, &[_, len, past, slot, _]: &Row) -> impl Iterator<Item = u32> + Clone {
+        let (first, last) = (past as usize / self.page_size, (past as usize + len as usize - 1) / self.page_size);
+        let row = slot as usize * self.width;
+        self.table[row + first..=row + last].iter().copied()
+    }
+
+    /// Every position of every segment up to its last, or those of its own rows alone, lies in a page of the pool; its own
+    /// rows in pages that are its alone.
     pub fn check(&self, op: &'static str, table: &[Row], own_rows: bool) -> Result<()> {
         for &[_, len, past, slot, _] in present(table) {
             let first = if own_rows { past as usize / self.page_size } else { 0 };
@@ -69,6 +77,9 @@ impl Pages<'_> {
             let pages = self.table.get(row + first..=row + last);
             let pages = pages.ok_or_else(|| Error::Argument { op, what: format!("no pages for slot {slot}") })?;
             below(op, "page", pages.iter().copied(), self.rows / self.page_size)?;
+        }
+        if own_rows {
+            distinct(op, "page", present(table).flat_map(|row| self.own_pages(row)))?;
         }
         Ok(())
     }
@@ -117,5 +128,8 @@ mod tests {
         assert!(pages(&[9, 9, 7, 1], 2, 4).check("op", &table, false).is_err());
         assert!(pages(&[9, 9, 0, 0], 1, 4).check("op", &table, false).is_err());
         assert!(pages(&[0, 1], 2, 4).check("op", &table, false).is_err());
+        let two = [table[0], [2, 1, 0, 0, 4]];
+        assert!(pages(&[0, 9, 9, 1], 2, 4).check("op", &two, true).is_ok());
+        assert!(pages(&[1, 9, 9, 1], 2, 4).check("op", &two, true).is_err());
     }
 }

@@ -61,7 +61,7 @@ impl ScanInputs {
         check.input("delta", self.delta, tokens, channels)?;
         check.input("a", self.a, channels, self.d_state())?;
         check.input("projected", self.projected, tokens, self.projected.cols)?;
-        let divides = |groups: usize| groups > 0 && channels.is_multiple_of(groups);
+        let divides = |groups: usize| groups > 0 && channels > 0 && channels.is_multiple_of(groups);
         check.require(divides(self.groups_b) && divides(self.groups_c) && self.d_state() > 0, || {
             let (b, c) = (self.groups_b, self.groups_c);
             format!("{channels} channels of {} states over {b} groups of B and {c} of C", self.d_state())
