@@ -3,8 +3,10 @@
 
 mod decode;
 mod goldens;
+mod mil;
 mod models;
 mod ops;
+mod train;
 
 use std::path::Path;
 
@@ -32,6 +34,12 @@ pub enum Error {
     /// A checkpoint of the folder could not be read.
     #[error(transparent)]
     Checkpoint(#[from] crate::checkpoint::CheckpointError),
+    /// A conversion failed.
+    #[error(transparent)]
+    Hybrid(#[from] crate::hybrid::HybridError),
+    /// A step of training failed.
+    #[error(transparent)]
+    Train(#[from] crate::train::Error),
 }
 
 /// The result of a part.
@@ -149,6 +157,11 @@ pub fn verify(folder: &Path, device: &Device, mut progress: impl FnMut(&str)) ->
     for folder in report.goldens.folders_with("decode.safetensors")? {
         progress(&format!("{folder}, decoding"));
         decode::decode(&mut report, device, &folder)?;
+    }
+    for folder in report.goldens.folders_with("train.json")? {
+        progress(&folder);
+        mil::initialisation(&mut report, &folder)?;
+        train::steps(&mut report, device, &folder)?;
     }
     if report.comparisons.is_empty() {
         return Err(Error::Empty(folder.display().to_string()));
