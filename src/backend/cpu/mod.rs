@@ -5,6 +5,8 @@
 //! no bit of a forward output; and threads and vectors none of a gradient.
 
 pub mod adamw;
+pub mod attention;
+mod blocks;
 mod call;
 pub mod conv;
 pub mod conv_backward;
