@@ -1,13 +1,14 @@
 //! The ops: each finds its arguments in memory, then calls its kernel.
 
 use super::Cpu;
+use super::attention::{AttentionInputs, Keys};
 use super::call::{Call, with_float};
 use super::conv::ConvInputs;
 use super::conv_backward::{ConvGradients, conv1d_backward};
 use super::gradient::Gradient;
 use super::scan::ScanInputs;
 use super::scan_backward::{ScanGradients, selective_scan_backward};
-use super::{adamw, conv, elementwise, head_loss, norm, products, rope, rows, sample, scan};
+use super::{adamw, attention, conv, elementwise, head_loss, norm, products, rope, rows, sample, scan};
 use crate::backend::host::table;
 use crate::backend::{
     Backend, BackendInfo, BufferId, DType, Error, HostSlice, Largest, Order, Readback, Result, View, ops,
@@ -195,8 +196,24 @@ impl Backend for Cpu {
         })
     }
 
-    fn attention(&self, _op: &ops::Attention) -> Result<()> {
-        lacking("attention")
+    fn attention(&self, op: &ops::Attention) -> Result<()> {
+        self.call("attention", |c, _| {
+            let segments = c.segments(&op.segments, op.q.rows)?;
+            let keys = match op.keys {
+                ops::Keys::Rows { k, v } => {
+                    table::keys("attention", bytemuck::cast_slice(segments), k.rows)?;
+                    Keys::Rows { k: c.rows("k", k)?, v: c.rows("v", v)? }
+                }
+                ops::Keys::Pages { k, v, pages, page_size } => {
+                    let pages = c.pages(segments, pages, page_size, k.rows, false)?;
+                    Keys::Pages { k: c.rows("k", k)?, v: c.rows("v", v)?, pages, page_size }
+                }
+            };
+            let inputs = AttentionInputs { shape: op.shape, q: c.rows("q", op.q)?, keys, segments };
+            let (out, lse) = (c.rows_mut("out", op.out)?, c.maybe_rows_mut("lse", op.lse)?);
+            attention::attention(self.simd, &inputs, &out, lse.as_ref());
+            Ok(())
+        })
     }
 
     fn attention_backward(&self, _op: &ops::AttentionBackward) -> Result<()> {
