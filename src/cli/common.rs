@@ -2,15 +2,15 @@
 
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
-use crate::checkpoint;
+use crate::checkpoint::Checkpoint;
 use crate::model::Model;
 
 /// Where a verb computes, and how it stores weights.
@@ -39,14 +39,29 @@ impl DeviceArguments {
     }
 
     /// Loads a model onto it.
-    pub(super) fn load(&self, device: &Device, path: &Path) -> anyhow::Result<Model> {
-        Ok(checkpoint::load(device, path, self.dtype)?)
+    pub(super) fn load(&self, device: &Device, checkpoint: &Checkpoint) -> anyhow::Result<Model> {
+        Ok(checkpoint.load(device, self.dtype)?)
     }
 }
 
-/// Fails before a long computation rather than after it when the output cannot be written.
-pub(super) fn refuse_existing(path: &PathBuf) -> anyhow::Result<()> {
-    anyhow::ensure!(!path.exists(), "{} already exists", path.display());
+/// Fails before a long computation rather than after it when the output cannot be written: something has its name, or
+/// what should hold it is no folder. Folders above it that are not there yet are made later.
+pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
+    ensure!(!path.exists(), "{} already exists", path.display());
+    match path.ancestors().skip(1).find(|above| above.exists()) {
+        Some(above) => ensure!(above.is_dir(), "{} is not a folder", above.display()),
+        None => {}
+    }
+    Ok(())
+}
+
+/// As [`refuse_existing`] for a file, whose folder must be there.
+pub(super) fn refuse_existing_file(path: &Path) -> anyhow::Result<()> {
+    refuse_existing(path)?;
+    match path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => ensure!(parent.is_dir(), "{} is not a folder", parent.display()),
+        None => {}
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use serde_json::json;
 
 use super::common::{DeviceArguments, print, print_json, progress};
+use crate::checkpoint::Checkpoint;
 use crate::eval::Evaluator;
 use crate::report::table::{Align, Table};
 use crate::text::dataset::{Documents, LossOn, read_records};
@@ -39,6 +40,8 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let checkpoint = Checkpoint::open(&arguments.model)?;
+    let teacher = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
     let tokenizer = Tokenizer::from_folder(&arguments.model)?;
     let loss = if arguments.prompts { LossOn::All } else { LossOn::Response };
     let mut sets = Vec::new();
@@ -48,8 +51,8 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         sets.push((path, Documents::tokenise(&records, &tokenizer, loss)?));
     }
     let device = arguments.device.open()?;
-    let model = arguments.device.load(&device, &arguments.model)?;
-    let teacher = arguments.teacher.as_ref().map(|path| arguments.device.load(&device, path)).transpose()?;
+    let model = arguments.device.load(&device, &checkpoint)?;
+    let teacher = teacher.map(|checkpoint| arguments.device.load(&device, &checkpoint)).transpose()?;
     let mut evaluator = Evaluator::new(&model, teacher.as_ref(), arguments.context.get())?;
     let mut results = Vec::new();
     for (path, documents) in &sets {

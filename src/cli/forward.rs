@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 
-use super::common::{DeviceArguments, progress, refuse_existing};
+use super::common::{DeviceArguments, progress, refuse_existing_file};
 use crate::backend::{DType, Segments, View};
-use crate::checkpoint::{NewTensor, TensorFile, write_tensors};
+use crate::checkpoint::{Checkpoint, NewTensor, TensorFile, write_tensors};
 use crate::model::{Activations, FinalNorm, Keep, Logits};
 
 /// Logits, and hidden states if wanted, of given tokens.
@@ -30,7 +30,8 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    refuse_existing(&arguments.out)?;
+    refuse_existing_file(&arguments.out)?;
+    let checkpoint = Checkpoint::open(&arguments.model)?;
     let file = TensorFile::open(&arguments.tokens)?;
     let input = file.tensor("input_ids")?.to_u32()?;
     let [rows, length] = input.shape[..] else {
@@ -38,7 +39,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     ensure!(rows > 0 && length > 0, "{}: input_ids holds no token", arguments.tokens.display());
     let device = arguments.device.open()?;
-    let model = arguments.device.load(&device, &arguments.model)?;
+    let model = arguments.device.load(&device, &checkpoint)?;
     let config = model.config();
     let keep = if arguments.hidden { Keep::Inputs } else { Keep::Nothing };
     let mut activations = Activations::new(&model, keep, DType::F32, length, 1)?;

@@ -7,6 +7,7 @@ use anyhow::{Context, ensure};
 use serde_json::json;
 
 use super::common::{DeviceArguments, print, print_json, print_part};
+use crate::checkpoint::Checkpoint;
 use crate::generate::{Event, Finish, Generator, Limits, Request};
 use crate::text::tokenizer::{DecodeStream, Tokenizer};
 
@@ -25,7 +26,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value = "256")]
     max_new_tokens: std::num::NonZeroUsize,
     /// 0 takes the likeliest token.
-    #[arg(long, value_name = "T", default_value = "0")]
+    #[arg(long, value_name = "T", default_value = "0", allow_negative_numbers = true)]
     temperature: f32,
     /// Seed of the draws.
     #[arg(long, value_name = "N", default_value = "0")]
@@ -54,6 +55,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         prompts.extend(text.lines().map(str::to_owned));
     }
     ensure!(!prompts.is_empty(), "there is nothing to continue: give --prompt TEXT or --prompts FILE");
+    let checkpoint = Checkpoint::open(&arguments.model)?;
     let tokenizer = Tokenizer::from_folder(&arguments.model)?;
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
@@ -66,10 +68,11 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
     let device = arguments.device.open()?;
-    let model = arguments.device.load(&device, &arguments.model)?;
+    let model = arguments.device.load(&device, &checkpoint)?;
     let sequences = arguments.batch.get().min(requests.len());
-    let context = longest + arguments.max_new_tokens.get();
+    let context = longest.saturating_add(arguments.max_new_tokens.get());
     let mut generator = Generator::new(&model, Limits { sequences, context, call: longest.clamp(sequences, 512) })?;
+    generator.check(&requests)?;
 
     let new = || Text { stream: DecodeStream::default(), text: String::new(), tokens: Vec::new(), finish: None };
     let mut texts: Vec<Text> = prompts.iter().map(|_| new()).collect();

@@ -27,16 +27,21 @@ pub fn assemble(
 /// One tensor of the hybrid, row-major.
 ///
 /// # Errors
-/// When it cannot be read.
+/// When it cannot be read, or a value is infinite or no number.
 pub fn tensor(
     conversion: &Conversion,
     teacher: &Checkpoint,
     student: &Checkpoint,
     spec: &crate::model::tensors::TensorSpec,
 ) -> Result<Vec<f32>> {
+    let read = |checkpoint: &Checkpoint, name: &str| {
+        let stored = checkpoint.stored(name)?;
+        stored.check_finite()?;
+        Ok(stored.to_f32()?.values)
+    };
     match conversion.is_new(spec) {
-        true => conversion.tensor(spec, |name| Ok(teacher.read_f32(name)?.values)),
-        false => Ok(student.read_f32(&spec.name)?.values),
+        true => conversion.tensor(spec, |name| read(teacher, name)),
+        false => read(student, &spec.name),
     }
 }
 

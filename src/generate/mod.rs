@@ -18,13 +18,13 @@ pub enum Error {
     #[error(transparent)]
     Backend(#[from] backend::Error),
     /// A prompt without a token: there is nothing to predict from.
-    #[error("prompt {index} has no tokens")]
+    #[error("prompt {} has no tokens", index + 1)]
     EmptyPrompt {
-        /// The request.
+        /// The request, counted from 0.
         index: usize,
     },
     /// A prompt that leaves no room for a new token.
-    #[error("prompt {index} has {tokens} tokens and {wanted} are wanted, but a sequence has room for {context}")]
+    #[error("prompt {} has {tokens} tokens and {wanted} are wanted, but a sequence has room for {context}", index + 1)]
     TooLong {
         /// The request.
         index: usize,
@@ -34,6 +34,16 @@ pub enum Error {
         wanted: usize,
         /// Tokens that a sequence has room for.
         context: usize,
+    },
+    /// A token that the model does not have.
+    #[error("prompt {} has token {token}, which is outside the vocabulary of {vocabulary}", index + 1)]
+    Vocabulary {
+        /// The request, counted from 0.
+        index: usize,
+        /// The token.
+        token: u32,
+        /// Tokens that the model has.
+        vocabulary: usize,
     },
     /// A temperature that is none.
     #[error("temperature {0} is not a number that is at least 0")]
@@ -118,11 +128,12 @@ impl<'a> Generator<'a> {
     pub fn new(model: &'a Model, limits: Limits) -> Result<Self, Error> {
         let (device, count) = (model.device(), limits.sequences);
         let limits = Limits { call: limits.call.max(count), ..limits };
+        let tokens = count.saturating_mul(limits.context);
         let column = |dtype| Column::new(device, dtype, count);
         Ok(Generator {
             model,
             limits,
-            cache: Cache::new(device, model.config(), DType::F32, count, limits.context, count * limits.context)?,
+            cache: Cache::new(device, model.config(), DType::F32, count, limits.context, tokens)?,
             activations: Activations::new(model, Keep::Nothing, DType::F32, limits.call, count)?,
             norm: FinalNorm::new(model, count)?,
             logits: Logits::new(model, count)?,
@@ -197,7 +208,11 @@ impl<'a> Generator<'a> {
         }
     }
 
-    fn check(&self, requests: &[Request]) -> Result<(), Error> {
+    /// Whether the requests can be run; [`Self::run`] asks first of all.
+    ///
+    /// # Errors
+    /// When a prompt has no tokens, too many, or one that the model does not have, or a temperature is none.
+    pub fn check(&self, requests: &[Request]) -> Result<(), Error> {
         for (index, request) in requests.iter().enumerate() {
             let (tokens, wanted, context) = (request.prompt.len(), request.max_new_tokens, self.limits.context);
             if tokens == 0 {
@@ -206,6 +221,10 @@ impl<'a> Generator<'a> {
             // The last new token is never fed.
             if tokens.saturating_add(wanted) > context.saturating_add(1) {
                 return Err(Error::TooLong { index, tokens, wanted, context });
+            }
+            let vocabulary = self.model.config().vocab_size;
+            if let Some(token) = request.prompt.iter().copied().find(|token| *token as usize >= vocabulary) {
+                return Err(Error::Vocabulary { index, token, vocabulary });
             }
             if !(request.temperature >= 0.0 && request.temperature.is_finite()) {
                 return Err(Error::Temperature(request.temperature));

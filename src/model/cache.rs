@@ -8,16 +8,17 @@ pub const PAGE_SIZE: usize = 64;
 
 impl ModelConfig {
     /// Bytes that a sequence of `context` tokens keeps: keys and values of `value_bytes` each for every token in every
-    /// attention layer, and states in f32 of one size, whatever the context, in every Mamba layer.
+    /// attention layer, and states in f32 of one size, whatever the context, in every Mamba layer. More than 64 bits count is
+    /// the most that they do.
     pub fn cache_bytes(&self, context: usize, value_bytes: usize) -> u64 {
-        let keys = 2 * self.key_value_width() * context * value_bytes;
+        let keys = (2 * value_bytes * self.key_value_width()).saturating_mul(context);
         let states = self.mamba.as_ref().map_or(0, |mamba| 4 * (mamba.conv_state() + mamba.ssm_state()));
         let layer = |kind: &BlockKind| match kind {
             BlockKind::Attention => keys as u64,
             BlockKind::Mamba => states as u64,
             BlockKind::Identity => 0,
         };
-        self.blocks.iter().map(layer).sum()
+        self.blocks.iter().map(layer).fold(0, u64::saturating_add)
     }
 }
 
@@ -68,9 +69,13 @@ impl Cache {
         context: usize,
         tokens: usize,
     ) -> Result<Self> {
+        // Positions are 32 bits wide.
+        if u32::try_from(context).is_err() {
+            return Err(Error::Size { what: "context", value: context });
+        }
         let pages_a_slot = context.div_ceil(PAGE_SIZE).max(1);
-        let pages = (tokens.div_ceil(PAGE_SIZE) + slots).min(slots * pages_a_slot);
-        let rows = pages * PAGE_SIZE;
+        let pages = tokens.div_ceil(PAGE_SIZE).saturating_add(slots).min(slots.saturating_mul(pages_a_slot));
+        let rows = pages.saturating_mul(PAGE_SIZE);
         let layers = config
             .blocks
             .iter()

@@ -62,7 +62,10 @@ impl Tokenizer {
     pub fn from_folder(folder: &Path) -> Result<Tokenizer, TokenizerError> {
         let path = folder.join(TOKENIZER_FILE);
         let Some(bytes) = read(&path)? else {
-            return Err(TokenizerError::Missing { folder: folder.to_path_buf() });
+            return Err(match folder.is_dir() {
+                true => TokenizerError::Missing { folder: folder.to_path_buf() },
+                false => TokenizerError::Format { path: folder.to_path_buf(), problem: "no such folder".into() },
+            });
         };
         let format =
             |error: tokenizers::Error| TokenizerError::Format { path: path.clone(), problem: error.to_string() };

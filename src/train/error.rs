@@ -96,6 +96,12 @@ pub enum Error {
         /// The run's folder.
         path: PathBuf,
     },
+    /// A folder of something else.
+    #[error("{} is not empty and holds no run", path.display())]
+    NoRun {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The configuration is not that of the run.
     #[error("{} was started with another configuration: {difference}", path.display())]
     OtherConfiguration {

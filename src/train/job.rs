@@ -81,29 +81,15 @@ impl Job {
         };
         config.schedule.of(steps, config.optimizer.learning_rate)?;
         let (run, saved) = Run::open::<SessionState>(out, &settings.text, resume, config.checkpoint.keep)?;
-        let tokenizer_folder = tokenizer_folder(&config, base, &run)?;
-        let tokenizer = Tokenizer::from_folder(&tokenizer_folder)?;
-        let data = config.data.load(base, &tokenizer)?;
-        let batch = config.batch;
-        let mut batches = Batches::new(data.train.clone().into(), batch.row_tokens, batch.rows, config.seed)?;
-        let model = model(&config, (base, &tokenizer), saved.as_ref(), (device, dtype))?;
-        if tokenizer.vocabulary_size() > model.config().vocab_size {
-            let (tokens, rows) = (tokenizer.vocabulary_size(), model.config().vocab_size);
-            return Err(Error::Configuration(format!("the tokenizer has {tokens} tokens, the model only {rows}")));
-        }
-        let room = Room { tokens: batches.most_tokens(), segments: first_segments(&batches) };
-        let mut trainer = Trainer::new(model, None, options, room)?;
-        let mut tokens = 0;
-        if let Some(Saved { folder, state, .. }) = saved {
-            if state.dtype != dtype_of(trainer.model()).to_string() {
-                let what = format!("the run stores its weights as {}; give --dtype {0}", state.dtype);
-                return Err(Error::Configuration(what));
+        match Parts::new(&config, (base, &run), saved, options, (device, dtype)) {
+            Ok(Parts { trainer, batches, data, tokenizer, tokens }) => {
+                Ok(Job { run, trainer, batches, data, config, tokenizer, steps, tokens })
             }
-            trainer.restore(&folder, state.progress)?;
-            batches = batches.resume(&state.position)?;
-            tokens = state.tokens;
+            Err(error) => {
+                run.abandon();
+                Err(error)
+            }
         }
-        Ok(Job { run, trainer, batches, data, config, tokenizer: tokenizer_folder, steps, tokens })
     }
 
     /// The trainer's last step.
@@ -166,6 +152,49 @@ impl Job {
         let model = self.trainer.model();
         let options = SaveOptions { copy_from: Some(&self.tokenizer), ..SaveOptions::new(dtype_of(model)) };
         self.run.publish(MODEL, |folder| Ok(checkpoint::save_model_into(folder, model, &options)?))
+    }
+}
+
+/// What a job is made of, at the start or as a checkpoint left it.
+struct Parts {
+    trainer: Trainer,
+    batches: Batches,
+    data: Data,
+    tokenizer: PathBuf,
+    tokens: u64,
+}
+
+impl Parts {
+    fn new(
+        config: &TrainConfig,
+        (base, run): (&Path, &Run),
+        saved: Option<Saved<SessionState>>,
+        options: TrainerOptions,
+        (device, dtype): (&Device, DType),
+    ) -> Result<Parts> {
+        let tokenizer_folder = tokenizer_folder(config, base, run)?;
+        let tokenizer = Tokenizer::from_folder(&tokenizer_folder)?;
+        let data = config.data.load(base, &tokenizer)?;
+        let batch = config.batch;
+        let mut batches = Batches::new(data.train.clone().into(), batch.row_tokens, batch.rows, config.seed)?;
+        let model = model(config, (base, &tokenizer), saved.as_ref(), (device, dtype))?;
+        if tokenizer.vocabulary_size() > model.config().vocab_size {
+            let (tokens, rows) = (tokenizer.vocabulary_size(), model.config().vocab_size);
+            return Err(Error::Configuration(format!("the tokenizer has {tokens} tokens, the model only {rows}")));
+        }
+        let room = Room { tokens: batches.most_tokens(), segments: first_segments(&batches) };
+        let mut trainer = Trainer::new(model, None, options, room)?;
+        let mut tokens = 0;
+        if let Some(Saved { folder, state, .. }) = saved {
+            if state.dtype != dtype_of(trainer.model()).to_string() {
+                let what = format!("the run stores its weights as {}; give --dtype {0}", state.dtype);
+                return Err(Error::Configuration(what));
+            }
+            trainer.restore(&folder, state.progress)?;
+            batches = batches.resume(&state.position)?;
+            tokens = state.tokens;
+        }
+        Ok(Parts { trainer, batches, data, tokenizer: tokenizer_folder, tokens })
     }
 }
 

@@ -22,6 +22,7 @@ const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const STATE: &str = "state.json";
+const LOCK: &str = "lock";
 /// What a checkpoint's folder is called before its step.
 const STEP: &str = "step-";
 
@@ -33,6 +34,8 @@ pub struct Run {
     _lock: File,
     metrics: MetricsWriter,
     keep: usize,
+    /// Whether the folder was made by this process.
+    fresh: bool,
 }
 
 /// The latest complete checkpoint of a run.
@@ -62,20 +65,28 @@ impl Run {
     ///
     /// # Errors
     /// When another process holds the run, there is one but `resume` is false, it was started with another
-    /// configuration, or the system refuses.
+    /// configuration, the folder holds something else, or the system refuses. A run without a step is none: it may
+    /// start again with another configuration.
     pub fn open<S: DeserializeOwned>(
         folder: &Path,
         config: &str,
         resume: bool,
         keep: usize,
     ) -> Result<(Run, Option<Saved<S>>)> {
+        let fresh = !folder.exists();
+        if !fresh && !folder.join(LOCK).exists() && !names(folder)?.is_empty() {
+            return Err(Error::NoRun { path: folder.to_owned() });
+        }
         let checkpoints = folder.join(CHECKPOINTS);
         fs::create_dir_all(&checkpoints).map_err(Error::io("create", &checkpoints))?;
         let lock = lock(folder)?;
         sweep(folder)?;
         sweep(&checkpoints)?;
         let path = folder.join(CONFIG);
+        let begun = !steps(&checkpoints)?.is_empty()
+            || fs::metadata(folder.join(METRICS)).is_ok_and(|metrics| metrics.len() > 0);
         match fs::read_to_string(&path) {
+            Ok(_) if !begun => write_text(&path, config)?,
             Ok(_) if !resume => return Err(Error::Exists { path: folder.to_owned() }),
             Ok(text) => {
                 if let Some(difference) = settings::difference(&text, config) {
@@ -97,7 +108,15 @@ impl Run {
             }
         };
         let metrics = MetricsWriter::resume_at(&folder.join(METRICS), bytes)?;
-        Ok((Run { folder: folder.to_owned(), _lock: lock, metrics, keep: keep.max(1) }, saved))
+        Ok((Run { folder: folder.to_owned(), _lock: lock, metrics, keep: keep.max(1), fresh }, saved))
+    }
+
+    /// Removes the run, if it was this process that started it: for one that cannot take a step.
+    pub fn abandon(self) {
+        if self.fresh {
+            // What is left over is no run, and harms nobody.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
     }
 
     /// Its folder.
@@ -170,7 +189,7 @@ impl Run {
 }
 
 fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join("lock");
+    let path = folder.join(LOCK);
     let file = File::options().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -287,9 +306,26 @@ mod tests {
         let (run, _) = open(folder.path(), true).unwrap();
         assert!(matches!(open(folder.path(), true), Err(Error::Locked { .. })));
         drop(run);
+        let (mut run, _) = open(folder.path(), false).unwrap();
+        run.metrics().write(1, &json!({ "loss": 1.0 })).unwrap();
+        drop(run);
         assert!(matches!(open(folder.path(), false), Err(Error::Exists { .. })));
         let other = Run::open::<u64>(folder.path(), "seed = 1\n[a]\nb = 3\n", true, 1).unwrap_err();
         assert!(other.to_string().ends_with("a.b was 2, now 3"), "{other}");
+    }
+
+    #[test]
+    fn a_folder_with_something_else_in_it_becomes_no_run_and_an_abandoned_run_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let new = folder.path().join("new");
+        open(&new, false).unwrap().0.abandon();
+        assert!(!new.exists());
+        let (run, _) = open(&new, false).unwrap();
+        drop(run);
+        open(&new, false).unwrap().0.abandon();
+        assert!(new.exists());
+        assert!(matches!(open(folder.path(), true), Err(Error::NoRun { .. })));
+        assert_eq!(names(folder.path()).unwrap(), ["new"]);
     }
 
     #[test]

@@ -117,6 +117,10 @@ impl Goldens {
     /// # Errors
     /// When there is none, or it is not understood.
     pub fn open(root: &Path) -> Result<Self> {
+        if !root.is_dir() {
+            let why = if root.exists() { "not a folder" } else { "no such folder" };
+            return Err(Error::File { file: root.display().to_string(), why: why.into() });
+        }
         let manifest: Manifest = parse(&root.join("MANIFEST.json"), "MANIFEST.json")?;
         let mut worst = HashMap::new();
         for entry in &manifest.tolerances {
