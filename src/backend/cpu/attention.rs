@@ -9,15 +9,15 @@
 //!
 //! A task takes the heads of one group at some positions, so that a packed tile serves all of them.
 
-use super::blocks::{Left, Product, Right, copy, take, transpose};
+use super::blocks::{Left, Product, Right, as_columns, copy, split, transpose};
 use super::lines::{load, store};
 use super::math::{exp, ln};
 use super::matrix::{PANEL, Rows, RowsMut};
 use super::scratch::with_scratch;
 use super::segment::Segment;
-use super::simd::{Kernel, LANES, Lanes, Mask, Simd};
+use super::simd::{Element, Kernel, LANES, Lanes, Mask, Simd};
 use super::tile::TILE_ROWS;
-use super::work::parallel;
+use super::work::parallel_in_order;
 use crate::backend::ops::AttentionShape;
 use std::array::from_fn;
 use std::ops::Range;
@@ -25,26 +25,26 @@ use std::ops::Range;
 /// Positions of a tile of keys.
 pub(super) const TILE: usize = 64;
 /// Vectors of a row of scores.
-const VECTORS: usize = TILE / LANES;
+pub(super) const VECTORS: usize = TILE / LANES;
 /// Queries times heads that one task takes, if it is more than one position.
 const TASK_ROWS: usize = 96;
 
 /// Where keys and values lie, each row `[kv_heads·head_dim]`.
 #[derive(Clone, Copy)]
-pub enum Keys<'a> {
+pub enum Keys<'a, T = f32> {
     /// `past + len` rows a segment, from the row that it says.
     Rows {
         /// `[keys, kv_heads·head_dim]`.
-        k: Rows<'a>,
+        k: Rows<'a, T>,
         /// `[keys, kv_heads·head_dim]`.
-        v: Rows<'a>,
+        v: Rows<'a, T>,
     },
     /// Position p of slot s in row `pages[s, p / page_size]·page_size + p % page_size`.
     Pages {
         /// `[page count · page_size, kv_heads·head_dim]`.
-        k: Rows<'a>,
+        k: Rows<'a, T>,
         /// `[page count · page_size, kv_heads·head_dim]`.
-        v: Rows<'a>,
+        v: Rows<'a, T>,
         /// `[slots, pages a slot]`.
         pages: Rows<'a, u32>,
         /// Tokens of a page.
@@ -52,7 +52,7 @@ pub enum Keys<'a> {
     },
 }
 
-impl<'a> Keys<'a> {
+impl<'a, T> Keys<'a, T> {
     /// The row of a position.
     fn row(&self, segment: &Segment, position: usize) -> usize {
         match self {
@@ -64,21 +64,21 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn k_and_v(&self) -> (Rows<'a>, Rows<'a>) {
-        let (Keys::Rows { k, v } | Keys::Pages { k, v, .. }) = *self;
+    fn k_and_v(&self) -> (&Rows<'a, T>, &Rows<'a, T>) {
+        let (Keys::Rows { k, v } | Keys::Pages { k, v, .. }) = self;
         (k, v)
     }
 }
 
 /// What attention reads.
 #[derive(Clone, Copy)]
-pub struct AttentionInputs<'a> {
+pub struct AttentionInputs<'a, T = f32> {
     /// The heads.
     pub shape: AttentionShape,
     /// `[tokens, heads·head_dim]`.
     pub q: Rows<'a>,
     /// Keys and values, those of the segments' own rows included.
-    pub keys: Keys<'a>,
+    pub keys: Keys<'a, T>,
     /// Who belongs to whom: in the order of their rows, of which none lies in two.
     pub segments: &'a [Segment],
 }
@@ -87,25 +87,47 @@ pub struct AttentionInputs<'a> {
 ///
 /// # Panics
 /// When a segment, or a page, leads outside of a matrix.
-pub fn attention(simd: Simd, inputs: &AttentionInputs<'_>, out: &RowsMut<'_>, lse: Option<&RowsMut<'_>>) {
-    let AttentionShape { kv_heads, head_dim, .. } = inputs.shape;
-    let group = inputs.shape.heads / kv_heads;
-    let blocks = Blocks::new(inputs.segments, (TASK_ROWS / group.max(1)).max(1), Segment::rows);
-    parallel(blocks.count() * kv_heads, work(&inputs.shape, inputs.segments), |task| {
-        let Some((segment, rows)) = blocks.get(task / kv_heads) else { return };
-        let queries = Queries { segment, rows, kv_head: task % kv_heads, group, head_dim, window: inputs.shape.window };
-        let (slabs, padded) = (queries.slabs(), head_dim.next_multiple_of(PANEL));
-        let of_slab = LANES * (head_dim + 2) + TILE_ROWS * padded;
-        with_scratch(TILE * (head_dim + padded + TILE_ROWS) + slabs * of_slab, |scratch| {
-            simd.run(Forward { inputs, queries, out, lse, scratch });
+pub fn attention<T: Element>(
+    simd: Simd,
+    inputs: &AttentionInputs<'_, T>,
+    out: &RowsMut<'_>,
+    lse: Option<&RowsMut<'_>>,
+) {
+    let AttentionShape { heads, kv_heads, .. } = inputs.shape;
+    let blocks = Blocks::of_queries(&inputs.shape, inputs.segments);
+    if heads == 0 {
+        return;
+    }
+    let count = blocks.count() * kv_heads;
+    parallel_in_order(count, work(&inputs.shape, inputs.segments), |task| {
+        // The last rows of a sequence see the most keys, so their tasks begin first.
+        let block = blocks.get((count - 1 - task) / kv_heads);
+        let Some((segment, rows)) = block else { return };
+        let queries = Queries::new(&inputs.shape, segment, rows, task % kv_heads);
+        let lengths = lengths(&queries);
+        with_scratch(lengths.iter().sum(), |scratch| {
+            simd.run(Forward { inputs, queries, out, lse, scratch: split(scratch, lengths) });
         });
     });
 }
 
-/// Lane-wise operations of attention over `segments`, for [`parallel`].
+/// How much of a thread's scratch a task takes: see [`Forward::run`].
+fn lengths(queries: &Queries) -> [usize; 7] {
+    let (dim, slabs) = (queries.head_dim, queries.slabs());
+    let padded = dim.next_multiple_of(PANEL);
+    let of_rows = slabs * LANES;
+    [TILE * dim, TILE * padded, TILE * TILE_ROWS, of_rows * dim, of_rows, of_rows, slabs * TILE_ROWS * padded]
+}
+
+/// Lane-wise operations of attention over `segments`, for [`parallel_in_order`].
 pub(super) fn work(shape: &AttentionShape, segments: &[Segment]) -> usize {
     let pairs = segments.iter().map(|segment| segment.len as usize * segment.total()).sum::<usize>();
     pairs.saturating_mul(shape.heads * shape.head_dim.div_ceil(8))
+}
+
+/// Positions of which one task takes the heads of a group.
+pub(super) fn task_positions(shape: &AttentionShape) -> usize {
+    (TASK_ROWS / (shape.heads / shape.kv_heads).max(1)).max(1)
 }
 
 /// The ranges that segments have on one axis, cut into blocks. A block's number comes from where its segment's range starts, so
@@ -121,6 +143,11 @@ impl<'a> Blocks<'a> {
     pub fn new(segments: &'a [Segment], size: usize, range: fn(&Segment) -> Range<usize>) -> Self {
         let used = segments.iter().rposition(|segment| segment.len > 0).map_or(0, |last| last + 1);
         Self { segments: &segments[..used], size, range }
+    }
+
+    /// The rows of each segment, as many as a task takes.
+    pub fn of_queries(shape: &AttentionShape, segments: &'a [Segment]) -> Self {
+        Self::new(segments, task_positions(shape), Segment::rows)
     }
 
     /// The first number of a segment: its blocks are at most its range's length over `size`, and one.
@@ -149,18 +176,23 @@ impl<'a> Blocks<'a> {
 }
 
 /// The heads of one group at some rows of a segment: row r of these is head `r % group` of the group at row `r / group`.
-#[derive(Clone)]
 pub(super) struct Queries {
     pub segment: Segment,
-    /// Rows of the segment, from its first.
-    pub rows: Range<usize>,
     pub kv_head: usize,
-    pub group: usize,
     pub head_dim: usize,
-    pub window: Option<usize>,
+    group: usize,
+    /// Rows of the segment, from its first.
+    rows: Range<usize>,
+    window: Option<usize>,
 }
 
 impl Queries {
+    /// The heads that read `kv_head` at some rows of a segment, counted from its first.
+    pub fn new(shape: &AttentionShape, segment: Segment, rows: Range<usize>, kv_head: usize) -> Self {
+        let &AttentionShape { heads, kv_heads, head_dim, window, .. } = shape;
+        Self { segment, kv_head, head_dim, group: heads / kv_heads, rows, window }
+    }
+
     pub fn len(&self) -> usize {
         self.rows.len() * self.group
     }
@@ -236,14 +268,14 @@ impl Sight {
         (0..self.rows).all(|i| self.from[i] == 0 && self.to[i] == TILE)
     }
 
-    /// Panels of keys up to the last that a row sees.
-    pub fn panels(&self) -> usize {
-        self.to.into_iter().max().unwrap_or(0).div_ceil(PANEL)
+    /// One more than the last key that a row sees.
+    pub fn end(&self) -> usize {
+        self.to.into_iter().max().unwrap_or(0)
     }
 
     /// The scores of row i and the keys of vector `vector`, −∞ where it does not see them; `full` is [`Sight::is_full`].
     #[inline(always)]
-    fn score<L: Lanes>(&self, full: bool, row: &[f32], i: usize, vector: usize) -> L {
+    pub fn score<L: Lanes>(&self, full: bool, row: &[f32], i: usize, vector: usize) -> L {
         let score = L::load(&row[vector * LANES..]);
         if full { score } else { self.keep(i, vector, score, f32::NEG_INFINITY) }
     }
@@ -267,39 +299,42 @@ impl Sight {
     }
 }
 
-struct Forward<'a> {
-    inputs: &'a AttentionInputs<'a>,
+struct Forward<'a, T> {
+    inputs: &'a AttentionInputs<'a, T>,
     queries: Queries,
     out: &'a RowsMut<'a>,
     lse: Option<&'a RowsMut<'a>>,
-    scratch: &'a mut [f32],
+    scratch: [&'a mut [f32]; 7],
 }
 
-impl Kernel for Forward<'_> {
+impl<T: Element> Kernel for Forward<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Forward { inputs, queries, out, lse, mut scratch } = self;
+        let Forward { inputs, queries, out, lse, scratch } = self;
+        let [k_panels, v_rows, scores, q_slabs, maxima, totals, sums] = scratch;
         let (dim, slabs) = (queries.head_dim, queries.slabs());
         let padded = dim.next_multiple_of(PANEL);
-        let k_panels = take(&mut scratch, TILE * dim);
-        let v_rows = take(&mut scratch, TILE * padded);
-        let scores = take(&mut scratch, TILE_ROWS * TILE);
-        let q_slabs = take(&mut scratch, slabs * LANES * dim);
-        let maxima = take(&mut scratch, slabs * LANES);
-        let totals = take(&mut scratch, slabs * LANES);
-        let sums = take(&mut scratch, slabs * TILE_ROWS * padded);
+        let ((k, v), column) = (inputs.keys.k_and_v(), queries.kv_head * dim);
 
         for (slab, to) in q_slabs.chunks_exact_mut(LANES * dim).enumerate() {
-            transpose::<L>(queries.heads(inputs.q, slab), dim, inputs.shape.scale, to, LANES);
+            transpose::<L, _>(queries.heads(inputs.q, slab), dim, inputs.shape.scale, to, LANES);
         }
         maxima.fill(f32::MIN);
         totals.fill(0.0);
         sums.fill(0.0);
         let seen = queries.keys();
         for start in (seen.start / TILE * TILE..seen.end).step_by(TILE) {
-            pack_keys::<L>(&inputs.keys, &queries, start..seen.end.min(start + TILE), k_panels, v_rows);
+            let count = TILE.min(seen.end - start);
+            let mut places = [0; TILE];
+            for (i, place) in places[..count].iter_mut().enumerate() {
+                *place = inputs.keys.row(&queries.segment, start + i);
+            }
+            as_columns::<L, T>(count, dim, |i| k.part(places[i], column, dim), k_panels);
+            for (&place, to) in places[..count].iter().zip(v_rows.chunks_exact_mut(padded)) {
+                copy::<L, T>(v.part(place, column, dim), 1.0, to);
+            }
             for slab in 0..slabs {
                 let sight = queries.sight(slab, start);
                 if sight.is_empty() {
@@ -307,7 +342,7 @@ impl Kernel for Forward<'_> {
                 }
                 let product = Product {
                     rows: sight.rows,
-                    panels: sight.panels(),
+                    panels: sight.end().div_ceil(PANEL),
                     steps: dim,
                     left: Left { values: &q_slabs[slab * LANES * dim..], row: 1, step: LANES },
                     right: Right { values: k_panels, panel: PANEL * dim, step: PANEL },
@@ -357,33 +392,6 @@ impl Kernel for Forward<'_> {
     }
 }
 
-/// Packs the keys at some positions of a tile, from its first on, in panels `[TILE / PANEL][head_dim][PANEL]`, and their values
-/// in rows.
-#[inline(always)]
-fn pack_keys<L: Lanes>(
-    keys: &Keys<'_>,
-    queries: &Queries,
-    positions: Range<usize>,
-    k_panels: &mut [f32],
-    v_rows: &mut [f32],
-) {
-    let (k, v) = keys.k_and_v();
-    let dim = queries.head_dim;
-    let column = queries.kv_head * dim;
-    let mut v_rows = v_rows.chunks_exact_mut(dim.next_multiple_of(PANEL));
-    for first in (0..positions.len()).step_by(LANES) {
-        let mut of_slab: [&[f32]; LANES] = [&[]; LANES];
-        let of_tile = first..positions.len().min(first + LANES);
-        for ((k_row, v_row), i) in of_slab.iter_mut().zip(&mut v_rows).zip(of_tile) {
-            let row = keys.row(&queries.segment, positions.start + i);
-            *k_row = k.part(row, column, dim);
-            copy::<L>(v.part(row, column, dim), 1.0, v_row);
-        }
-        let to = &mut k_panels[first / PANEL * PANEL * dim + first % PANEL..];
-        transpose::<L>(of_slab, dim, 1.0, to, PANEL);
-    }
-}
-
 /// One tile of the recurrence for up to 16 rows: turns their scores into `p`, brings their maxima and totals up to date, and
 /// gives the factors `a`.
 #[inline(always)]
@@ -417,4 +425,4 @@ fn online_softmax<L: Lanes>(scores: &mut [f32], sight: &Sight, maxima: &mut [f32
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,8 +1,7 @@
 //! Small products over packed blocks, for attention.
 
-use super::lines::load;
 use super::matrix::PANEL;
-use super::simd::{LANES, Lanes};
+use super::simd::{Element, LANES, Lanes};
 use super::tile::{self, TILE_ROWS, Target, Tile, even_parts};
 use std::array::from_fn;
 
@@ -64,12 +63,33 @@ impl Product<'_> {
     }
 }
 
+/// The values from `i` on, widened, then zeros where the row ends within 16.
+#[inline(always)]
+fn load<L: Lanes, T: Element>(row: &[T], i: usize) -> L {
+    let rest = row.get(i..).unwrap_or_default();
+    if rest.len() >= LANES {
+        // SAFETY: 16 values are there.
+        return unsafe { T::load_ptr(rest.as_ptr()) };
+    }
+    let mut values = [0.0; LANES];
+    for (value, rest) in values.iter_mut().zip(rest) {
+        *value = rest.widen();
+    }
+    L::from_array(values)
+}
+
 /// Up to 16 rows of `width` values times `factor`, an empty row as zeros, transposed: value d of row i to `to[d·step + i]`.
 #[inline(always)]
-pub(super) fn transpose<L: Lanes>(rows: [&[f32]; LANES], width: usize, factor: f32, to: &mut [f32], step: usize) {
+pub(super) fn transpose<L: Lanes, T: Element>(
+    rows: [&[T]; LANES],
+    width: usize,
+    factor: f32,
+    to: &mut [f32],
+    step: usize,
+) {
     let factor = L::splat(factor);
     for first in (0..width).step_by(LANES) {
-        let values = from_fn(|i| if rows[i].is_empty() { L::zero() } else { load::<L>(rows[i], first) * factor });
+        let values = from_fn(|i| load::<L, T>(rows[i], first) * factor);
         let columns = to[first * step..].chunks_mut(step).take(width - first);
         for (column, to) in L::transpose(values).into_iter().zip(columns) {
             column.store(to);
@@ -77,18 +97,34 @@ pub(super) fn transpose<L: Lanes>(rows: [&[f32]; LANES], width: usize, factor: f
     }
 }
 
-/// A row times `factor`, filled up with zeros to the length of `to`, a multiple of 16; an empty row is all zeros.
+/// `count` rows of `width` values as the columns of a right factor, `[⌈count / PANEL⌉][width][PANEL]`. Of columns beyond, those
+/// within 16 of the last are zeros and others stay as they are.
 #[inline(always)]
-pub(super) fn copy<L: Lanes>(row: &[f32], factor: f32, to: &mut [f32]) {
-    for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
-        let values = if i * LANES < row.len() { load::<L>(row, i * LANES) * L::splat(factor) } else { L::zero() };
-        values.store(to);
+pub(super) fn as_columns<'a, L: Lanes, T: Element>(
+    count: usize,
+    width: usize,
+    row: impl Fn(usize) -> &'a [T],
+    to: &mut [f32],
+) {
+    for first in (0..count).step_by(LANES) {
+        let rows = from_fn(|i| if first + i < count { row(first + i) } else { &[] });
+        transpose::<L, T>(rows, width, 1.0, &mut to[first / PANEL * PANEL * width + first % PANEL..], PANEL);
     }
 }
 
-/// The first `len` values of what is left of a thread's scratch.
-pub(super) fn take<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
-    let (taken, rest) = std::mem::take(scratch).split_at_mut(len);
-    *scratch = rest;
-    taken
+/// A row times `factor`, filled up with zeros to the length of `to`, a multiple of 16; an empty row is all zeros.
+#[inline(always)]
+pub(super) fn copy<L: Lanes, T: Element>(row: &[T], factor: f32, to: &mut [f32]) {
+    for (i, to) in to.chunks_exact_mut(LANES).enumerate() {
+        (load::<L, T>(row, i * LANES) * L::splat(factor)).store(to);
+    }
+}
+
+/// Cuts a thread's scratch into pieces of the given lengths.
+pub(super) fn split<const N: usize>(mut scratch: &mut [f32], lengths: [usize; N]) -> [&mut [f32]; N] {
+    lengths.map(|len| {
+        let (piece, rest) = std::mem::take(&mut scratch).split_at_mut(len);
+        scratch = rest;
+        piece
+    })
 }

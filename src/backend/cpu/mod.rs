@@ -6,6 +6,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod attention_backward;
 mod blocks;
 mod call;
 pub mod conv;

@@ -1,6 +1,7 @@
 //! How a kernel spreads over threads.
 
 use rayon::prelude::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Below this many lane-wise operations of 16 waking other threads costs more than it saves.
 /// Tests spread everything.
@@ -14,4 +15,14 @@ pub(super) fn parallel(count: usize, work: usize, task: impl Fn(usize) + Sync + 
     } else {
         (0..count).into_par_iter().with_max_len(1).for_each(task);
     }
+}
+
+/// As [`parallel`], and the tasks begin in order: with the long ones first all threads are busy to the end.
+pub(super) fn parallel_in_order(count: usize, work: usize, task: impl Fn(usize) + Sync + Send) {
+    let next = AtomicUsize::new(0);
+    parallel(count.min(rayon::current_num_threads()), work, |_| {
+        while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&index| index < count) {
+            task(index);
+        }
+    });
 }

@@ -1,5 +1,6 @@
 use super::super::testing::{Grid, assert_close, assert_same_bits, everywhere, reference_segments, segments};
 use super::*;
+use half::bf16;
 use proptest::prelude::*;
 use rand::RngExt;
 use rand::seq::SliceRandom;
@@ -66,7 +67,7 @@ impl Case {
     }
 
     /// out and lse over the given keys.
-    pub fn run(&self, simd: Simd, keys: Keys<'_>) -> (Grid, Grid) {
+    pub fn run<T: Element>(&self, simd: Simd, keys: Keys<'_, T>) -> (Grid, Grid) {
         let mut out = Grid::poisoned(self.tokens(), self.shape.q_cols());
         let mut lse = Grid::poisoned(self.tokens(), self.shape.heads);
         let inputs = AttentionInputs { shape: self.shape, q: self.q.view(), keys, segments: &self.segments };
@@ -196,6 +197,26 @@ proptest! {
             [out.view().row(at), lse.view().row(at)].concat()
         };
         assert_same_bits("row", &row(&case), &row(&poisoned));
+    }
+
+    #[test]
+    fn keys_in_half_precision_are_their_values(seed: u64, sizes in sizes(), len in 1usize..100) {
+        let mut case = Case::new(seed, sizes, None, &[(len, 0)]);
+        let narrow = |grid: &Grid| grid.values().into_iter().map(bf16::from_f32).collect::<Vec<_>>();
+        let (k, v) = (narrow(&case.k), narrow(&case.v));
+        let wide = |values: &[bf16]| {
+            let mut values = values.iter();
+            Grid::from_fn(len, case.shape.kv_cols(), || values.next().unwrap().to_f32())
+        };
+        (case.k, case.v) = (wide(&k), wide(&v));
+        let rows = |values| Rows::dense(values, len, case.shape.kv_cols());
+        let outputs = everywhere(|simd| {
+            let (out, lse) = case.run(simd, Keys::Rows { k: rows(&k), v: rows(&v) });
+            vec![out.values(), lse.values()]
+        });
+        let (out, lse) = case.run(Simd::detect(), case.rows());
+        assert_same_bits("out", &out.values(), &outputs[0]);
+        assert_same_bits("lse", &lse.values(), &outputs[1]);
     }
 
     /// Every row of a block's range lies in one block, whatever the gaps.
