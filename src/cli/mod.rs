@@ -2,6 +2,7 @@
 
 mod common;
 mod convert;
+mod distill;
 mod eval;
 mod forward;
 mod generate;
@@ -25,6 +26,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Convert(convert::Arguments),
+    Distill(distill::Arguments),
     Eval(eval::Arguments),
     Forward(forward::Arguments),
     Generate(generate::Arguments),
@@ -37,6 +39,7 @@ enum Verb {
 pub fn run() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Convert(arguments) => convert::run(arguments),
+        Verb::Distill(arguments) => distill::run(arguments),
         Verb::Eval(arguments) => eval::run(arguments),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Generate(arguments) => generate::run(arguments),

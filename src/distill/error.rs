@@ -1,11 +1,13 @@
 //! What can keep a distillation from starting, going on or ending.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use crate::report::metrics::MetricsError;
+use crate::report::plot::PlotError;
 use crate::text::dataset::DatasetError;
 use crate::text::packing::PackingError;
 use crate::text::tokenizer::TokenizerError;
-use crate::{backend, checkpoint, eval, hybrid};
+use crate::{backend, checkpoint, eval, hybrid, train};
 
 /// The result of this floor.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -23,6 +25,9 @@ pub enum Error {
     /// A model cannot be converted.
     #[error(transparent)]
     Hybrid(#[from] hybrid::HybridError),
+    /// Training failed.
+    #[error(transparent)]
+    Train(#[from] train::Error),
     /// A model could not be scored.
     #[error(transparent)]
     Eval(#[from] eval::Error),
@@ -35,6 +40,12 @@ pub enum Error {
     /// Documents could not be packed.
     #[error(transparent)]
     Packing(#[from] PackingError),
+    /// The metrics could not be written or read.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    /// A plot could not be drawn.
+    #[error(transparent)]
+    Plot(#[from] PlotError),
     /// The system refused.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -56,4 +67,16 @@ pub enum Error {
     /// A configuration that cannot be.
     #[error("{0}")]
     Configuration(String),
+}
+
+impl Error {
+    /// For `map_err` after a call to the system.
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Error::Io { action, path, source }
+    }
+
+    pub(super) fn malformed(path: &Path, what: impl ToString) -> Self {
+        Error::Malformed { path: path.to_owned(), what: what.to_string() }
+    }
 }

@@ -72,8 +72,8 @@ pub struct Importance<'a> {
     pub scores: &'a [Option<f64>],
     /// The scored layers, least important first.
     pub order: &'a [usize],
-    /// How many of `order` are replaced.
-    pub chosen: usize,
+    /// The layers that are replaced: the first of `order`, or those of them that stand apart.
+    pub chosen: &'a [usize],
 }
 
 /// Draws curves, as the text of an SVG file: stages as shaded bands with their names above. There are seven colours.
@@ -225,7 +225,7 @@ pub fn importance(plot: &Importance) -> Result<String, PlotError> {
             if !score.is_finite() {
                 continue;
             }
-            let replaced = rank.is_some_and(|rank| rank < plot.chosen);
+            let replaced = plot.chosen.contains(&layer);
             let colour = COLOURS[usize::from(replaced)];
             frame.draw_series([Rectangle::new([(left, 0.0), (right, *score)], colour.filled())])?;
             if let Some(rank) = rank.filter(|_| pitch >= SMALL_PITCH) {
@@ -240,7 +240,7 @@ pub fn importance(plot: &Importance) -> Result<String, PlotError> {
     })
 }
 
-const REPLACED: &str = "least important, replaced";
+const REPLACED: &str = "replaced";
 const KEPT: &str = "kept";
 const ALREADY: &str = "Mamba already";
 /// Pixels between bars from which on ranks can be read, and from which on in plain size.

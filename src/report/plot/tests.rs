@@ -126,7 +126,8 @@ proptest! {
 #[test]
 fn the_least_important_layers_are_marked_and_every_bar_has_its_rank() {
     let scores = [Some(3.0), Some(-0.5), None, Some(1.0), Some(f64::NAN)];
-    let plot = Importance { title: "LOO", score: "loss (nats)", scores: &scores, order: &[1, 3, 0, 4], chosen: 2 };
+    let plot =
+        Importance { title: "LOO", score: "loss (nats)", scores: &scores, order: &[1, 3, 0, 4], chosen: &[1, 3] };
     let svg = importance(&plot).unwrap();
     let colour = |colour: RGBColor| format!("fill=\"#{:02X}{:02X}{:02X}\"", colour.0, colour.1, colour.2);
     let bars = |fill| svg.lines().filter(|line| line.starts_with("<rect") && line.contains(&colour(fill))).count();

@@ -1,0 +1,428 @@
+//! The staged procedure: rank, convert, distil, score, stage after stage.
+//!
+//! ```text
+//! RUN/config.toml, metrics.jsonl, checkpoints/     as in every run of training
+//! RUN/device.json                                  what it runs on
+//! RUN/rankings/01.json, 01.svg                     how the layers of a stage were chosen
+//! RUN/fits/01.json                                 what mil-fit explains
+//! RUN/stages/01/                                   the model of a stage, a Hugging Face folder
+//! RUN/evals/teacher.json, stage-01.json, ...       scores
+//! RUN/table.json, table.md, loss.svg               what it came to
+//! ```
+//!
+//! Everything is a function of the configuration, the data and the device, and every piece appears whole or not at all:
+//! a run that is stopped anywhere and resumed ends in the same bits.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rand::RngExt;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::config::Config;
+use super::piece::{once, read_json, write_json, write_text};
+use super::ranking;
+use super::table::{Row, Summary};
+use super::watch::{Event, Watcher};
+use super::{Error, Result, student};
+use crate::backend::{DType, Device};
+use crate::checkpoint::{Checkpoint, SaveOptions, save_model_into};
+use crate::eval::Evaluator;
+use crate::hybrid::{Conversion, FitOptions, Init, LayerSet, fit};
+use crate::model::Model;
+use crate::model::config::BlockKind;
+use crate::random;
+use crate::report::metrics::{self, Record};
+use crate::report::plot;
+use crate::text::dataset::Documents;
+use crate::text::packing::{Batch, Batches};
+use crate::text::tokenizer::Tokenizer;
+use crate::train::Run;
+use crate::train::run::Saved;
+use crate::train::session::{self, Observer, Outcome, Plan, SessionState};
+use crate::train::teacher::Teacher;
+use crate::train::trainer::{Room, StepReport, Trainer};
+
+/// What a distillation starts from.
+#[derive(Clone, Debug)]
+pub struct Setup<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// Its text, kept in the run.
+    pub text: &'a str,
+    /// Where its relative paths start.
+    pub base: &'a Path,
+    /// The run's folder.
+    pub folder: &'a Path,
+    /// Whether to go on with a run that is there.
+    pub resume: bool,
+    /// Where it runs.
+    pub device: &'a Device,
+    /// How weights and activations are stored there.
+    pub dtype: DType,
+}
+
+/// A distillation under way.
+pub(super) struct Distillation<'a> {
+    pub(super) setup: Setup<'a>,
+    pub(super) teacher: Arc<Model>,
+    /// The teacher as it lies on the disk.
+    pub(super) original: Checkpoint,
+    pub(super) train: Arc<Documents>,
+    held_out: Documents,
+    run: Run,
+    /// Tokens of training so far.
+    tokens: u64,
+}
+
+/// Distils, from the start or from where the run stands. Gives nothing where the watcher asked to stop on the way.
+///
+/// # Errors
+/// When the configuration, the data or the run are not to be had, the device fails, or training diverges.
+pub fn distill(setup: Setup<'_>, watcher: &mut dyn Watcher) -> Result<Option<Summary>> {
+    let (mut distillation, mut saved) = Distillation::open(setup)?;
+    distillation.score(TEACHER, || distillation.load(distillation.original.path()), watcher)?;
+    for index in 0..distillation.setup.config.stages.len() {
+        if distillation.stage(index, &mut saved, watcher)? == Outcome::Interrupted {
+            return Ok(None);
+        }
+    }
+    distillation.finish(watcher).map(Some)
+}
+
+/// What a run remembers of its stage in a checkpoint.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Caller {
+    stage: usize,
+}
+
+/// What a run must find again on the device that goes on with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeviceFile {
+    backend: String,
+    dtype: String,
+    data: String,
+}
+
+impl<'a> Distillation<'a> {
+    /// Opens the run and reads what all stages need.
+    fn open(setup: Setup<'a>) -> Result<(Self, Option<Saved<SessionState>>)> {
+        let Setup { config, base, device, dtype, .. } = setup;
+        config.check()?;
+        let Some(path) = config.teacher.path.as_ref().map(|path| base.join(path)) else {
+            return Err(Error::Configuration("teacher.shape is enough for --plan alone; to distil, give path".into()));
+        };
+        let Some(data) = &config.data else {
+            return Err(Error::Configuration("data: expected `arithmetic` or files under `train`".into()));
+        };
+        let original = Checkpoint::open(&path)?;
+        config.counts(original.config())?;
+        let (run, saved) = Run::open(setup.folder, setup.text, setup.resume, config.checkpoint.keep)?;
+        let tokenizer = Tokenizer::from_folder(&path)?;
+        let mut data = data.load(base, &tokenizer)?;
+        if data.test.is_empty() {
+            return Err(Error::Configuration("data: nothing is held out to score models on".into()));
+        }
+        if let Some(most) = config.evaluation.documents {
+            data.test = ranking::first(&data.test, |documents| documents.len() >= most);
+        }
+        let now = DeviceFile {
+            backend: device.info().name.to_owned(),
+            dtype: dtype.to_string(),
+            data: format!("{}-{}", data.train.fingerprint(), data.test.fingerprint()),
+        };
+        let path = run.folder().join("device.json");
+        let before: DeviceFile = once(&path, || Ok(now.clone()))?;
+        if before != now {
+            let what = format!("the run was started with {before:?}, now it is {now:?}: it would end in other bits");
+            return Err(Error::malformed(&path, what));
+        }
+        let teacher = Arc::new(original.load(device, dtype)?);
+        let tokens = saved.as_ref().map_or(0, |saved: &Saved<SessionState>| saved.state.tokens);
+        let (train, held_out) = (Arc::new(data.train), data.test);
+        Ok((Distillation { setup, teacher, original, train, held_out, run, tokens }, saved))
+    }
+
+    /// A file or folder of the run.
+    pub(super) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.run.folder().join(name)
+    }
+
+    fn stage_folder(&self, index: usize) -> PathBuf {
+        self.path("stages").join(number(index))
+    }
+
+    /// The model that stage `index` starts from.
+    pub(super) fn before(&self, index: usize) -> Result<Checkpoint> {
+        match index.checked_sub(1) {
+            None => Ok(Checkpoint::open(self.original.path())?),
+            Some(index) => Ok(Checkpoint::open(&self.stage_folder(index))?),
+        }
+    }
+
+    /// Batches of the training documents, in an order of `purpose`'s own.
+    pub(super) fn batches(&self, purpose: &str) -> Result<Batches> {
+        let Config { seed, batch, .. } = self.setup.config;
+        let seed = random::stream(*seed, purpose).random();
+        Ok(Batches::new(Arc::clone(&self.train), batch.row_tokens, batch.rows, seed)?)
+    }
+
+    /// The hybrid of `student` with new mixers in the layers `new`; its fits are those of `fits`, if there is such a file.
+    pub(super) fn assemble(
+        &self,
+        student: &Checkpoint,
+        new: &LayerSet,
+        init: Init,
+        fits: Option<&Path>,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Model> {
+        let Config { seed, student: shape, .. } = self.setup.config;
+        let options = (init, shape.shape(), *seed);
+        let conversion = Conversion::new(self.original.config(), student.config(), new, options)?;
+        let model = student::assemble(self.setup.device, &conversion, (&self.original, student), self.setup.dtype)?;
+        if init == Init::MilFit {
+            let batches = student::fit_batches(&mut self.batches("batches of mil-fit")?, shape.fit_tokens)?;
+            let options = FitOptions { ranges: shape.fit_ranges.clone(), seed: *seed, ..FitOptions::default() };
+            let progress = |layer: &_| {
+                if fits.is_some() {
+                    watcher.hear(Event::Fitted(layer))
+                }
+            };
+            let result = fit(&model, &self.teacher, new, (&batches, &options), progress)?;
+            if let Some(path) = fits {
+                write_json(path, &result)?;
+            }
+        }
+        Ok(model)
+    }
+
+    /// Ranks, converts, trains, keeps and scores stage `index`, or what is left of it.
+    fn stage(
+        &mut self,
+        index: usize,
+        saved: &mut Option<Saved<SessionState>>,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Outcome> {
+        if !self.stage_folder(index).exists() {
+            let before = self.before(index)?;
+            let mamba: LayerSet = before.config().layers_of(BlockKind::Mamba).collect();
+            let new = self.choose(index, &mamba, watcher)?;
+            let after = mamba.iter().chain(new.iter()).collect();
+            let steps = self.setup.config.steps_of(index);
+            watcher.hear(Event::Stage { stage: index + 1, new: &new, mamba: &after, steps });
+            if self.distil(index, (&before, &new), saved, watcher)? == Outcome::Interrupted {
+                return Ok(Outcome::Interrupted);
+            }
+        }
+        self.score(&stage_name(index), || self.load(&self.stage_folder(index)), watcher)?;
+        self.report()?;
+        Ok(Outcome::Finished)
+    }
+
+    /// The layers that become Mamba in stage `index`.
+    fn choose(&mut self, index: usize, mamba: &LayerSet, watcher: &mut dyn Watcher) -> Result<LayerSet> {
+        let config = self.setup.config;
+        if let Some(text) = &config.stages[index].layers {
+            return Ok(LayerSet::parse(text, self.original.config().num_hidden_layers())?);
+        }
+        let count = config.counts(self.original.config())?[index] - mamba.len();
+        let ranking = self.ranking(index, watcher)?;
+        let new = config.placement.choose(&ranking.order, mamba, count)?;
+        let chosen: Vec<usize> = new.iter().collect();
+        let title = format!("Stage {}: importance of each layer", index + 1);
+        write_text(&self.path(format!("rankings/{}.svg", number(index))), &ranking.plot(&title, &chosen)?)?;
+        Ok(new)
+    }
+
+    /// Trains stage `index`, from where its checkpoint stands if it has one, and keeps its model.
+    fn distil(
+        &mut self,
+        index: usize,
+        (before, new): (&Checkpoint, &LayerSet),
+        saved: &mut Option<Saved<SessionState>>,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Outcome> {
+        let Setup { config, device, dtype, .. } = self.setup;
+        let of_stage = |saved: &mut Saved<SessionState>| {
+            serde_json::from_value(saved.state.caller.clone()).is_ok_and(|caller: Caller| caller.stage == index)
+        };
+        let saved = saved.take_if(of_stage);
+        let model = match &saved {
+            Some(saved) => Checkpoint::open(&saved.folder)?.load(device, dtype)?,
+            None => {
+                let fits = self.path(format!("fits/{}.json", number(index)));
+                self.assemble(before, new, config.init_of(index), Some(&fits), watcher)?
+            }
+        };
+        let mut batches = self.batches(&format!("batches of stage {}", index + 1))?;
+        let options = config.trainer(config.trained_of(index), dtype)?;
+        let teacher = Teacher::live(Arc::clone(&self.teacher), dtype);
+        let mut trainer = Trainer::new(model, Some(teacher), options, room(&batches))?;
+        if let Some(Saved { folder, state, .. }) = saved {
+            trainer.restore(&folder, state.progress)?;
+            batches = batches.resume(&state.position)?;
+        }
+        let plan = Plan {
+            steps: config.steps_of(index),
+            schedule: config.schedule_of(index)?,
+            accumulate: config.batch.accumulate,
+            offset: self.offset(index),
+            checkpoint_every: config.checkpoint.every,
+            evaluate_every: 0,
+            tokenizer: Some(self.original.path()),
+        };
+        let (steps, tokens) = (plan.steps, self.tokens);
+        let mut looker = Looker { watcher, stage: index, steps, tokens };
+        let outcome = session::train(&mut self.run, &mut trainer, &mut batches, (&plan, tokens), &mut looker)?;
+        self.tokens = looker.tokens;
+        if outcome == Outcome::Finished {
+            let options = SaveOptions { copy_from: Some(self.original.path()), ..SaveOptions::new(dtype) };
+            let name = format!("stages/{}", number(index));
+            self.run.publish(&name, |folder| Ok(save_model_into(folder, trainer.model(), &options)?))?;
+        }
+        Ok(outcome)
+    }
+
+    /// Steps of the run before stage `index`.
+    fn offset(&self, index: usize) -> u64 {
+        (0..index).map(|before| self.setup.config.steps_of(before)).sum()
+    }
+
+    /// The row of a model in the table: scored once.
+    fn score(&self, name: &str, model: impl FnOnce() -> Result<Model>, watcher: &mut dyn Watcher) -> Result<Row> {
+        once(&self.path(format!("evals/{name}.json")), || {
+            let (model, context) = (model()?, self.setup.config.evaluation.context);
+            let mut evaluator = Evaluator::new(&model, Some(&self.teacher), ranking::CALL_TOKENS)?;
+            let scores = evaluator.run(&self.held_out, None, |_| ())?;
+            watcher.hear(Event::Scored { name, scores: &scores });
+            Ok(Row::new(name, model.config(), &scores, (context, self.setup.dtype, self.tokens)))
+        })
+    }
+
+    fn load(&self, folder: &Path) -> Result<Model> {
+        Ok(Checkpoint::open(folder)?.load(self.setup.device, self.setup.dtype)?)
+    }
+
+    /// Scores the hybrid of the last stage without any training, and writes the whole table.
+    fn finish(mut self, watcher: &mut dyn Watcher) -> Result<Summary> {
+        let last = self.setup.config.stages.len() - 1;
+        let mamba: LayerSet = self.before(last + 1)?.config().layers_of(BlockKind::Mamba).collect();
+        let own = self.original.config().layers_of(BlockKind::Mamba).collect::<Vec<_>>();
+        let new: LayerSet = mamba.iter().filter(|layer| !own.contains(layer)).collect();
+        let inits = [Init::Mil, self.setup.config.init_of(last)];
+        let tokens = std::mem::take(&mut self.tokens);
+        for init in &inits[..if inits[0] == inits[1] { 1 } else { 2 }] {
+            let name = untrained(*init);
+            let row = self.score(&name, || self.assemble(&self.original, &new, *init, None, &mut Deaf), watcher)?;
+            debug_assert_eq!(row.tokens, 0);
+        }
+        self.tokens = tokens;
+        self.report()
+    }
+
+    /// Writes the table of all models that were scored so far, and the plot of the loss.
+    fn report(&self) -> Result<Summary> {
+        let untrained = Init::ALL.map(untrained);
+        let stages = (0..self.setup.config.stages.len()).map(stage_name);
+        let names = std::iter::once(TEACHER.to_owned()).chain(untrained).chain(stages);
+        let paths = names.map(|name| self.path(format!("evals/{name}.json"))).filter(|path| path.exists());
+        let summary = Summary {
+            context: self.setup.config.evaluation.context,
+            layers: self.original.config().num_hidden_layers(),
+            documents: self.held_out.len(),
+            rows: paths.map(|path| read_json(&path)).collect::<Result<_>>()?,
+        };
+        write_json(&self.path("table.json"), &summary)?;
+        write_text(&self.path("table.md"), &summary.table().markdown())?;
+        self.plot_loss()?;
+        Ok(summary)
+    }
+
+    fn plot_loss(&self) -> Result<()> {
+        let records = metrics::read(&self.run.metrics_path())?;
+        let points = metrics::series(&records, "loss");
+        if points.is_empty() {
+            return Ok(());
+        }
+        let stage =
+            |index: usize| plot::Stage { name: format!("stage {}", index + 1), start: self.offset(index) as f64 + 1.0 };
+        let reached = points.iter().fold(0.0, |most: f64, (step, _)| most.max(*step));
+        let stages: Vec<plot::Stage> =
+            (0..self.setup.config.stages.len()).map(stage).filter(|stage| stage.start <= reached).collect();
+        let svg = plot::curves(&plot::Curves {
+            title: "Distillation loss",
+            x: "step",
+            y: "loss (nats a token)",
+            log: true,
+            series: &[plot::Series { name: "loss".into(), points }],
+            stages: &stages,
+        })?;
+        write_text(&self.path("loss.svg"), &svg)
+    }
+}
+
+const TEACHER: &str = "teacher";
+
+/// The number of a stage as its files have it.
+pub(super) fn number(index: usize) -> String {
+    format!("{:02}", index + 1)
+}
+
+fn stage_name(index: usize) -> String {
+    format!("stage-{}", number(index))
+}
+
+fn untrained(init: Init) -> String {
+    format!("{init} untrained")
+}
+
+/// Room for a batch like the first one; more is made where one has more segments.
+pub(super) fn room(batches: &Batches) -> Room {
+    let mut first = Batch::default();
+    batches.clone().next_into(&mut first);
+    Room { tokens: batches.most_tokens(), segments: first.segments.len() + first.segments.len() / 4 }
+}
+
+/// Hears nothing.
+pub(super) struct Deaf;
+
+impl Watcher for Deaf {
+    fn hear(&mut self, _event: Event<'_>) {}
+}
+
+/// The session's view of a stage.
+struct Looker<'a> {
+    watcher: &'a mut dyn Watcher,
+    stage: usize,
+    steps: u64,
+    tokens: u64,
+}
+
+impl Observer for Looker<'_> {
+    fn interrupted(&self) -> bool {
+        self.watcher.interrupted()
+    }
+
+    fn label(&self) -> Record {
+        Record::from_iter([("stage".to_owned(), json!(self.stage + 1))])
+    }
+
+    fn stepped(&mut self, report: &StepReport, _seconds: f64) {
+        self.tokens += report.tokens as u64;
+        self.watcher.hear(Event::Step { report, steps: self.steps });
+    }
+
+    fn evaluate(
+        &mut self,
+        _trainer: &Trainer,
+    ) -> std::result::Result<Record, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(Record::new())
+    }
+
+    fn state(&self) -> Value {
+        json!(Caller { stage: self.stage })
+    }
+}
