@@ -19,3 +19,8 @@ fn goldens_hold_on(backend: Name) {
 fn goldens_hold_on_reference() {
     goldens_hold_on(Name::Reference);
 }
+
+#[test]
+fn goldens_hold_on_cpu() {
+    goldens_hold_on(Name::Cpu);
+}

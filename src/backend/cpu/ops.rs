@@ -2,6 +2,7 @@
 
 use super::Cpu;
 use super::attention::{AttentionInputs, Keys};
+use super::attention_backward::{AttentionGradient, AttentionGradients, attention_backward};
 use super::call::{Call, with_float};
 use super::conv::ConvInputs;
 use super::conv_backward::{ConvGradients, conv1d_backward};
@@ -65,10 +66,6 @@ fn check_saved(inputs: &ScanInputs<'_>, saved: View) -> Result<View> {
     let present = (0..inputs.segments.len()).filter(|&segment| chunks(segment) > 0);
     let needed = present.map(|segment| inputs.saved_row(segment, chunks(segment))).max().unwrap_or(0);
     if needed <= saved.rows { Ok(saved) } else { saved.row_range(0, needed) }
-}
-
-fn lacking(op: &'static str) -> Result<()> {
-    Err(Error::Unsupported { backend: "cpu", op, what: "it has no kernel yet".into() })
 }
 
 impl Backend for Cpu {
@@ -216,8 +213,24 @@ impl Backend for Cpu {
         })
     }
 
-    fn attention_backward(&self, _op: &ops::AttentionBackward) -> Result<()> {
-        lacking("attention_backward")
+    fn attention_backward(&self, op: &ops::AttentionBackward) -> Result<()> {
+        self.call("attention_backward", |c, _| {
+            let segments = c.segments(&op.segments, op.q.rows)?;
+            table::keys("attention_backward", bytemuck::cast_slice(segments), op.k.rows)?;
+            let inputs = AttentionGradient {
+                shape: op.shape,
+                q: c.rows("q", op.q)?,
+                k: c.rows("k", op.k)?,
+                v: c.rows("v", op.v)?,
+                segments,
+                out: c.rows("out", op.out)?,
+                lse: c.rows("lse", op.lse)?,
+                dout: c.rows("dout", op.dout)?,
+            };
+            let (dq, dk, dv) = (c.rows_mut("dq", op.dq)?, c.rows_mut("dk", op.dk)?, c.rows_mut("dv", op.dv)?);
+            attention_backward(self.simd, &inputs, &AttentionGradients { dq: &dq, dk: &dk, dv: &dv });
+            Ok(())
+        })
     }
 
     fn page_write(&self, op: &ops::PageWrite) -> Result<()> {
