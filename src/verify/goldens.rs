@@ -101,6 +101,7 @@ struct Entry {
     file: String,
     tensor: String,
     max_abs_diff: f64,
+    max_abs_value: f64,
 }
 
 /// The folder.
@@ -108,7 +109,14 @@ struct Entry {
 pub struct Goldens {
     root: PathBuf,
     peers: HashMap<(String, String), f64>,
-    worst: HashMap<String, f64>,
+    worst: HashMap<String, Worst>,
+}
+
+/// The worst difference of a file's tensors, and the worst share of a tensor's largest value.
+#[derive(Debug, Default)]
+struct Worst {
+    difference: f64,
+    share: f64,
 }
 
 impl Goldens {
@@ -122,10 +130,11 @@ impl Goldens {
             return Err(Error::File { file: root.display().to_string(), why: why.into() });
         }
         let manifest: Manifest = parse(&root.join("MANIFEST.json"), "MANIFEST.json")?;
-        let mut worst = HashMap::new();
-        for entry in &manifest.tolerances {
-            let most: &mut f64 = worst.entry(entry.file.clone()).or_default();
-            *most = most.max(entry.max_abs_diff);
+        let mut worst: HashMap<String, Worst> = HashMap::new();
+        for entry in manifest.tolerances.iter().filter(|entry| entry.max_abs_value > 0.0) {
+            let most = worst.entry(entry.file.clone()).or_default();
+            most.difference = most.difference.max(entry.max_abs_diff);
+            most.share = most.share.max(entry.max_abs_diff / entry.max_abs_value);
         }
         let peers = manifest.tolerances.into_iter().map(|e| ((e.file, e.tensor), e.max_abs_diff)).collect();
         Ok(Goldens { root: root.into(), peers, worst })
@@ -175,16 +184,19 @@ impl Goldens {
     }
 
     /// What a tensor of a file may differ by: the greater of 20 times what a peer's f32 run showed and 2e-6 of its
-    /// largest value.
+    /// largest value. Where the manifest is silent, a peer's difference is the worst share that the file's other tensors
+    /// showed.
     pub fn tolerance(&self, file: &str, tensor: &str, largest: f64) -> f64 {
-        let peer = self.peers.get(&(file.to_string(), tensor.to_string())).copied().unwrap_or(0.0);
+        let share = || self.worst.get(file).map_or(0.0, |worst| worst.share * largest);
+        let peer = self.peers.get(&(file.to_string(), tensor.to_string())).copied().unwrap_or_else(share);
         (TIMES_PEER * peer).max(RELATIVE * largest)
     }
 
     /// The same with the worst difference of the whole file: AdamW magnifies noise where a gradient is near zero, so a
     /// single tensor's difference says little.
     pub fn file_tolerance(&self, file: &str, largest: f64) -> f64 {
-        (TIMES_PEER * self.worst.get(file).copied().unwrap_or(0.0)).max(RELATIVE * largest)
+        let worst = self.worst.get(file).map_or(0.0, |worst| worst.difference);
+        (TIMES_PEER * worst).max(RELATIVE * largest)
     }
 }
 
