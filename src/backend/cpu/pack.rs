@@ -1,8 +1,11 @@
 //! Between row-major weights and panels, and blocks of panels the other way round.
 
 use super::matrix::{PANEL, Panels, Rows, RowsMut, panels_len};
-use super::simd::{Element, LANES, Lanes};
+use super::simd::{Element, LANES, Lanes, prefetch};
 use std::ops::Range;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Writes the weight `[outputs, inputs]` in `rows` into `panels`, the missing outputs of the last panel as zeros.
 ///
@@ -69,6 +72,18 @@ pub(super) unsafe fn gather<L: Lanes>(from: *const f32, stride: usize, rows: usi
     }
 }
 
+/// The first `cols` values (at most 16) of `rows` rows, as `[rows][cols]`.
+///
+/// # Safety
+/// The rows at `from`, `stride` values apart, are readable, and `to` is writable for `rows` times `cols` values.
+#[inline(always)]
+pub(super) unsafe fn narrow<L: Lanes>(from: *const f32, stride: usize, rows: usize, cols: usize, to: *mut f32) {
+    for row in 0..rows {
+        // SAFETY: as the caller promises.
+        unsafe { L::load_first_ptr(from.wrapping_add(row * stride), cols).store_first_ptr(to.add(row * cols), cols) };
+    }
+}
+
 /// Of a weight in panels, the outputs `outputs` (whole panels, but for the end of the weight) of [`PANEL`] inputs from
 /// `input`, as `[outputs][PANEL]`: inputs beyond the last as zeros.
 ///
@@ -85,18 +100,22 @@ pub(super) unsafe fn transposed<L: Lanes, T: Element>(
     for first in outputs.clone().step_by(PANEL) {
         let panel = panels.panel(first / PANEL);
         let to = to.wrapping_add((first - outputs.start) * PANEL);
+        // The same inputs of the next panel lie too far on for the machine to foresee.
+        let next = panel.as_ptr().wrapping_add(panel.len() + input * PANEL);
+        for line in (0..PANEL * PANEL).step_by(LINE / size_of::<T>()) {
+            prefetch(next.wrapping_add(line));
+        }
         for i in (0..PANEL).step_by(LANES) {
             for j in (0..PANEL).step_by(LANES) {
                 // 16 inputs from i times 16 outputs from j.
-                let block = std::array::from_fn(|row| {
+                let mut block = [L::zero(); LANES];
+                for (row, values) in block.iter_mut().enumerate() {
                     let at = (input + i + row) * PANEL + j;
                     if at < panel.len() {
                         // SAFETY: the 16 values lie in one row of the panel.
-                        unsafe { T::load_ptr::<L>(panel.as_ptr().add(at)) }
-                    } else {
-                        L::zero()
+                        *values = unsafe { T::load_ptr::<L>(panel.as_ptr().add(at)) };
                     }
-                });
+                }
                 for (row, values) in L::transpose(block).into_iter().enumerate() {
                     // SAFETY: as the caller promises.
                     unsafe { values.store_ptr(to.add((j + row) * PANEL + i)) };

@@ -5,7 +5,6 @@
 
 use super::matrix::PANEL;
 use super::simd::{Element, Kernel, LANES, Lanes};
-use std::array::from_fn;
 use std::ops::Range;
 
 /// Most rows of a tile: 24 sums and two vectors of the right factor fit the registers of AVX-512, and twice half of the rows and
@@ -91,11 +90,16 @@ impl<T: Element> Kernel for Tile<T> {
                 }
             };
         }
+        let vectors = self.target.cols.div_ceil(LANES);
         if L::REGISTERS >= 32 {
-            of_rows!(self, 2, 1 2 3 4 5 6 7 8 9 10 11 12)
+            if vectors > 1 {
+                of_rows!(self, 2, 1 2 3 4 5 6 7 8 9 10 11 12)
+            } else {
+                of_rows!(self, 1, 1 2 3 4 5 6 7 8 9 10 11 12)
+            }
         } else {
             for rows in even_parts(0..self.rows, TILE_ROWS / 2) {
-                for vector in 0..PANEL / LANES {
+                for vector in 0..vectors {
                     let part = self.part(rows.clone(), vector);
                     of_rows!(part, 1, 1 2 3 4 5 6)
                 }
@@ -142,7 +146,10 @@ impl<T: Element> Tile<T> {
             }
             let (mut a, mut b) = (left.ptr, right.ptr);
             for _ in 0..steps {
-                let b_now: [L; V] = from_fn(|v| T::load_ptr(b.add(v * LANES)));
+                let mut b_now = [L::zero(); V];
+                for (v, b_now) in b_now.iter_mut().enumerate() {
+                    *b_now = T::load_ptr(b.add(v * LANES));
+                }
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let a_now = L::splat(*a.add(i * left.row));
                     for (sum, b_now) in sums.iter_mut().zip(b_now) {
@@ -153,20 +160,29 @@ impl<T: Element> Tile<T> {
                 b = b.wrapping_add(right.step);
             }
             let bias = target.bias.map(|bias| load::<L, V>(bias, target.cols));
-            for (i, sums) in sums.iter_mut().enumerate() {
+            for (i, sums) in sums.into_iter().enumerate() {
                 let end = target.end.add(i * target.end_row);
-                if let Some(bias) = bias {
-                    *sums = from_fn(|v| sums[v] + bias[v]);
-                }
-                if target.add {
-                    let before: [L; V] = load(end, target.cols);
-                    *sums = from_fn(|v| before[v] + sums[v]);
-                }
-                for (v, sum) in sums.iter().enumerate() {
-                    let first = v * LANES;
-                    sum.store_first_ptr(end.wrapping_add(first), target.cols.saturating_sub(first).min(LANES));
-                }
+                finish(sums, bias, target.add, end, target.cols);
             }
+        }
+    }
+}
+
+/// Adds the bias and what is at `end`, as asked, and writes the first `cols` values there.
+#[inline(always)]
+unsafe fn finish<L: Lanes, const V: usize>(sums: [L; V], bias: Option<[L; V]>, add: bool, end: *mut f32, cols: usize) {
+    for (v, mut sum) in sums.into_iter().enumerate() {
+        if let Some(bias) = bias {
+            sum = sum + bias[v];
+        }
+        let first = v * LANES;
+        let (end, cols) = (end.wrapping_add(first), cols.saturating_sub(first).min(LANES));
+        // SAFETY: as the caller of `Tile::new` promises.
+        unsafe {
+            if add {
+                sum = L::load_first_ptr(end, cols) + sum;
+            }
+            sum.store_first_ptr(end, cols);
         }
     }
 }
@@ -174,9 +190,11 @@ impl<T: Element> Tile<T> {
 /// The first `cols` values at `ptr`, then zeros.
 #[inline(always)]
 unsafe fn load<L: Lanes, const V: usize>(ptr: *const f32, cols: usize) -> [L; V] {
-    from_fn(|v| {
+    let mut values = [L::zero(); V];
+    for (v, value) in values.iter_mut().enumerate() {
         let first = v * LANES;
         // SAFETY: as the caller of `Tile::new` promises.
-        unsafe { L::load_first_ptr(ptr.wrapping_add(first), cols.saturating_sub(first).min(LANES)) }
-    })
+        *value = unsafe { L::load_first_ptr(ptr.wrapping_add(first), cols.saturating_sub(first).min(LANES)) };
+    }
+    values
 }

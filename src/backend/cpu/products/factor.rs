@@ -25,9 +25,6 @@ pub(super) trait Factor: Copy + Sync {
     /// # Safety
     /// `scratch` is writable for as many values as said, and not used while the block is.
     unsafe fn block<L: Lanes>(&self, panel: usize, steps: Range<usize>, scratch: *mut f32) -> Right<Self::Read>;
-
-    /// The memory that a later call of [`Factor::block`] gives as it is, to be fetched ahead.
-    fn ahead(&self, panel: usize, steps: Range<usize>) -> &[Self::Read];
 }
 
 /// The transpose of a weight in panels, as it lies.
@@ -47,11 +44,7 @@ impl<T: Element> Factor for Stored<'_, T> {
     }
     #[inline(always)]
     unsafe fn block<L: Lanes>(&self, panel: usize, steps: Range<usize>, _: *mut f32) -> Right<T> {
-        Right { ptr: self.ahead(panel, steps).as_ptr(), step: PANEL }
-    }
-    #[inline(always)]
-    fn ahead(&self, panel: usize, steps: Range<usize>) -> &[T] {
-        &self.0.panel(panel)[steps.start * PANEL..steps.end * PANEL]
+        Right { ptr: self.0.panel(panel)[steps.start * PANEL..].as_ptr(), step: PANEL }
     }
 }
 
@@ -77,9 +70,6 @@ impl<T: Element> Factor for Widened<'_, T> {
         unsafe { pack::widen::<L, T>(values, scratch) };
         Right { ptr: scratch, step: PANEL }
     }
-    fn ahead(&self, _: usize, _: Range<usize>) -> &[f32] {
-        &[]
-    }
 }
 
 /// A weight in panels: its outputs are the steps, its inputs the columns.
@@ -103,9 +93,6 @@ impl<T: Element> Factor for Transposed<'_, T> {
         unsafe { pack::transposed::<L, T>(self.0, steps, panel * PANEL, scratch) };
         Right { ptr: scratch, step: PANEL }
     }
-    fn ahead(&self, _: usize, _: Range<usize>) -> &[f32] {
-        &[]
-    }
 }
 
 /// Rows as they are: row s holds the columns of step s.
@@ -113,7 +100,7 @@ impl<T: Element> Factor for Transposed<'_, T> {
 pub(super) struct Columns<'a>(pub Rows<'a>);
 
 /// Rows farther apart than this take a page of addresses each, which costs more than a copy that closes the gaps.
-const NEAR: usize = 512;
+pub(super) const NEAR: usize = 512;
 
 impl Factor for Columns<'_> {
     type Read = f32;
@@ -136,8 +123,5 @@ impl Factor for Columns<'_> {
         // SAFETY: as the caller promises.
         unsafe { pack::gather::<L>(self.0.at(steps.start, col), self.0.stride(), steps.len(), cols, scratch) };
         Right { ptr: scratch, step: PANEL }
-    }
-    fn ahead(&self, _: usize, _: Range<usize>) -> &[f32] {
-        &[]
     }
 }

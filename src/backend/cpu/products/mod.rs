@@ -16,6 +16,9 @@ use driver::{Output, Product};
 use factor::{Columns, Stored, Transposed, Widened};
 use std::ops::Range;
 
+/// Rows for which a weight is read where it lies. For more it pays to copy a block, widened, to where all rows find it near.
+const FEW_ROWS: usize = 4 * TILE_ROWS;
+
 /// `y = x·wᵀ (+ bias)`, or added to what y holds.
 ///
 /// x is `[rows, inputs]`, y `[rows, outputs]`, the bias one value an output. A value starts its chain at 0.
@@ -36,7 +39,7 @@ pub fn forward<T: Element>(
     let (left, output) = (by_rows(x), Output::rows(y));
     // SAFETY: the sizes agree, and the views vouch for their addresses.
     unsafe {
-        if T::IS_F32 || x.rows() <= TILE_ROWS {
+        if x.rows() <= FEW_ROWS {
             Product { rows: x.rows(), left, factor: Stored(w), output, bias, add, resume: false }.run(simd);
         } else {
             Product { rows: x.rows(), left, factor: Widened(w), output, bias, add, resume: false }.run(simd);

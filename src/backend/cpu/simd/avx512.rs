@@ -15,6 +15,7 @@ pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
 
 /// Sixteen lanes in one register.
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(super) struct Avx512(__m512);
 
 /// A lane-wise intrinsic as a method. Values of `Avx512` exist only inside [`run`].
@@ -168,8 +169,8 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn transpose(rows: [Self; LANES]) -> [Self; LANES] {
-        // SAFETY: the features are there.
-        unsafe { transpose16(rows.map(|row| row.0)).map(Self) }
+        // SAFETY: `Avx512` is a transparent `__m512`, and the features are there.
+        unsafe { std::mem::transmute(transpose16(std::mem::transmute::<[Self; LANES], [__m512; LANES]>(rows))) }
     }
 }
 
