@@ -162,8 +162,14 @@ impl Kernel for Backward<'_> {
                     let block = self.x.block(index);
                     self.x.load_a::<L>(block, scratch.a);
                     let state = self.saved.part(self.x.saved_row(s, chunk), block.channel * n, block.lanes * n);
-                    self.again::<L>(block, tokens.clone(), state, &mut scratch);
-                    self.back::<L>(block, tokens.clone(), &scratch, Sums::of(sums, n, i));
+                    // The usual number of states as a constant, so that the inner loops have it.
+                    if n == LANES {
+                        self.again::<L>(LANES, block, tokens.clone(), state, &mut scratch);
+                        self.back::<L>(LANES, block, tokens.clone(), &scratch, Sums::of(sums, n, i));
+                    } else {
+                        self.again::<L>(n, block, tokens.clone(), state, &mut scratch);
+                        self.back::<L>(n, block, tokens.clone(), &scratch, Sums::of(sums, n, i));
+                    }
                 }
             }
             for (i, index) in self.blocks.clone().enumerate() {
@@ -202,8 +208,8 @@ impl Backward<'_> {
 
     /// Forward once more over a chunk: states, decays, steps and dy; and dz on the way.
     #[inline(always)]
-    fn again<L: Lanes>(&self, block: Block, tokens: Range<usize>, saved: &[f32], keep: &mut Scratch<'_>) {
-        let (x, n) = (self.x, self.x.d_state());
+    fn again<L: Lanes>(&self, n: usize, block: Block, tokens: Range<usize>, saved: &[f32], keep: &mut Scratch<'_>) {
+        let x = self.x;
         for (state, saved) in rows_mut(keep.states).zip(saved.chunks_exact(block.lanes)) {
             load::<L>(saved, 0).store(state);
         }
@@ -248,15 +254,18 @@ impl Backward<'_> {
 
     /// Backward over a chunk, from its last token to its first.
     #[inline(always)]
-    fn back<L: Lanes>(&self, block: Block, tokens: Range<usize>, kept: &Scratch<'_>, sums: Sums<'_>) {
-        let (x, n) = (self.x, self.x.d_state());
+    fn back<L: Lanes>(&self, n: usize, block: Block, tokens: Range<usize>, kept: &Scratch<'_>, sums: Sums<'_>) {
+        let x = self.x;
         let [per_b, per_c] = x.per_group();
         // The first block of a group replaces, the others add.
         let (add_b, add_c) = (!block.channel.is_multiple_of(per_b), !block.channel.is_multiple_of(per_c));
         let skip = x.skip::<L>(block);
         let (mut dd, mut ddelta_bias) = (L::load(sums.dd), L::load(sums.ddelta_bias));
+        // The lanes of dB and dC for up to 16 states; what is left of others is not used.
+        let (mut db_lanes, mut dc_lanes) = ([L::zero(); LANES], [L::zero(); LANES]);
         for (i, t) in tokens.enumerate().rev() {
-            let [raw, dt, dy] = [&*kept.raw, &*kept.dt, &*kept.dy].map(|values| L::load(&values[i * LANES..]));
+            let (raw, dt) = (L::load(&kept.raw[i * LANES..]), L::load(&kept.dt[i * LANES..]));
+            let dy = L::load(&kept.dy[i * LANES..]);
             let u = load::<L>(x.u.part(t, block.channel, block.lanes), 0);
             let input = dt * u;
             let (b, c) = (x.b.part(t, block.b, n), x.c.part(t, block.c, n));
@@ -266,7 +275,6 @@ impl Backward<'_> {
             let decays = &kept.decays[i * n * LANES..][..n * LANES];
             let (mut by_input, mut by_decay) = (L::zero(), L::zero());
             for m in (0..n).step_by(LANES) {
-                let (mut db_lanes, mut dc_lanes) = ([L::zero(); LANES], [L::zero(); LANES]);
                 let range = m * LANES..n.min(m + LANES) * LANES;
                 let of_states = rows(&before[range.clone()]).zip(rows(&after[range.clone()]));
                 let of_decays = rows(&decays[range.clone()]).zip(rows(&kept.a[range.clone()]));

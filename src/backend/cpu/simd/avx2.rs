@@ -172,10 +172,13 @@ impl Lanes for Avx2 {
             columns[i + 8] = Self(rows[i].1, rows[i + 8].1);
         }
         for half in columns.chunks_exact_mut(8) {
+            // Loops, since a closure over registers may be left out of line.
+            let (mut low, mut high) = ([half[0].0; 8], [half[0].1; 8]);
+            for i in 0..8 {
+                (low[i], high[i]) = (half[i].0, half[i].1);
+            }
             // SAFETY: the features are there.
-            let (low, high) = unsafe {
-                (transpose8(std::array::from_fn(|i| half[i].0)), transpose8(std::array::from_fn(|i| half[i].1)))
-            };
+            let (low, high) = unsafe { (transpose8(low), transpose8(high)) };
             for i in 0..8 {
                 half[i] = Self(low[i], high[i]);
             }

@@ -172,6 +172,48 @@ impl Lanes for Avx512 {
         // SAFETY: `Avx512` is a transparent `__m512`, and the features are there.
         unsafe { std::mem::transmute(transpose16(std::mem::transmute::<[Self; LANES], [__m512; LANES]>(rows))) }
     }
+    #[inline(always)]
+    fn sum_each(rows: [Self; LANES]) -> Self {
+        let mut registers = [rows[0].0; LANES];
+        for (register, row) in registers.iter_mut().zip(rows) {
+            *register = row.0;
+        }
+        // SAFETY: the features are there.
+        Self(unsafe { sum16(registers) })
+    }
+}
+
+/// The tree of [`Lanes::sum`] over 16 rows at once: each level adds halves and puts two rows into one register.
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+unsafe fn sum16(mut r: [__m512; LANES]) -> __m512 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        for i in 0..8 {
+            // Rows i, i + 8 by eights.
+            let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(r[i], r[i + 8]);
+            let high = _mm512_shuffle_f32x4::<0b11_10_11_10>(r[i], r[i + 8]);
+            r[i] = _mm512_add_ps(low, high);
+        }
+        for i in 0..4 {
+            // Rows i, i + 8, i + 4, i + 12 by fours.
+            let low = _mm512_shuffle_f32x4::<0b10_00_10_00>(r[i], r[i + 4]);
+            let high = _mm512_shuffle_f32x4::<0b11_01_11_01>(r[i], r[i + 4]);
+            r[i] = _mm512_add_ps(low, high);
+        }
+        for i in 0..2 {
+            // In each quarter rows + 0 and + 2 by twos.
+            let low = _mm512_shuffle_ps::<0b01_00_01_00>(r[i], r[i + 2]);
+            let high = _mm512_shuffle_ps::<0b11_10_11_10>(r[i], r[i + 2]);
+            r[i] = _mm512_add_ps(low, high);
+        }
+        // In each quarter rows + 0, + 2, + 1, + 3.
+        let low = _mm512_shuffle_ps::<0b10_00_10_00>(r[0], r[1]);
+        let high = _mm512_shuffle_ps::<0b11_01_11_01>(r[0], r[1]);
+        let order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+        _mm512_permutexvar_ps(order, _mm512_add_ps(low, high))
+    }
 }
 
 /// Pairs of rows, then fours, are interleaved inside the quarters of a register; then quarters move.
