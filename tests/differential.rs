@@ -1,6 +1,10 @@
 //! Every backend against the reference: one list of op cases ([`h1::backend::cases`]), and the laws of a device.
 
-use h1::backend::{Device, cases, reference::Reference};
+use std::num::NonZeroUsize;
+
+use h1::backend::cpu::{self, simd::Simd};
+use h1::backend::ops::{Linear, RmsNorm, Swiglu};
+use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference};
 
 /// Sizes that each case is run at.
 const ROUNDS: u64 = 24;
@@ -28,25 +32,89 @@ fn arguments_that_lie_elsewhere_are_errors(device: &Device) {
     assert!(accepted.is_empty(), "{}", accepted.join("\n"));
 }
 
+fn wrong_shapes_and_kinds_name_the_op_and_the_argument(device: &Device) {
+    let [x, out] = [(4, 8), (4, 8)].map(|(rows, cols)| device.alloc(DType::F32, rows, cols).unwrap());
+    let flat = device.alloc(DType::F32, 1, 32 * 8).unwrap();
+    let ids = device.alloc(DType::U32, 1, 8).unwrap();
+    let rows = flat.view().matrix(0, 1, 8, Order::Rows).unwrap();
+    let weight = |outputs| flat.view().matrix(0, outputs, 8, Order::Weight).unwrap();
+    let linear = |x: View, weight, bias, out| {
+        device.linear(&Linear { x, weight, bias, out: Out::assign(out) }).unwrap_err().to_string()
+    };
+    let (x, out) = (x.view(), out.view());
+    assert_eq!(linear(x, weight(9), None, out), "linear: out is [4, 8], expected [4, 9]");
+    assert_eq!(linear(x.col_range(0, 7).unwrap(), weight(8), None, out), "linear: x is [4, 7], expected [4, 8]");
+    assert!(linear(x, rows, None, out).starts_with("linear: weight is f32, expected a weight"));
+    assert!(linear(x, weight(8), Some(ids.view()), out).starts_with("linear: bias is u32, expected rows of floats"));
+    let norm = RmsNorm { x, weight: rows.col_range(0, 7).unwrap(), eps: 1e-5, out, inv_rms: None };
+    assert_eq!(device.rms_norm(&norm).unwrap_err().to_string(), "rms_norm: weight is [1, 7], expected [1, 8]");
+}
+
+fn an_output_that_overlaps_an_argument_is_an_error(device: &Device) {
+    let both = device.alloc(DType::F32, 8, 8).unwrap();
+    let gate = device.alloc(DType::F32, 4, 8).unwrap();
+    let (up, out) = (both.rows(4).unwrap(), both.view().row_range(4, 4).unwrap());
+    let swiglu = device.swiglu(&Swiglu { gate: gate.view(), up, out });
+    assert_eq!(swiglu.unwrap_err().to_string(), "swiglu: the output out overlaps up");
+}
+
+fn memory_that_is_not_there_is_an_error(device: &Device) {
+    for rows in [1 << 20, 1 << 40, usize::MAX] {
+        let alloc = device.alloc(DType::F32, rows, 1 << 30);
+        assert!(matches!(alloc, Err(Error::OutOfMemory { .. } | Error::Size { .. })), "{alloc:?}");
+    }
+    let buffer = device.alloc(DType::F32, 2, 3).unwrap();
+    assert!(device.write(HostSlice::F32(&[0.0; 5]), buffer.view()).is_err());
+    assert!(device.write(HostSlice::U32(&[0; 6]), buffer.view()).is_err());
+    assert!(buffer.rows(3).is_err());
+    let view = buffer.view();
+    drop(buffer);
+    assert!(matches!(device.read(view).err(), Some(Error::Memory { .. })));
+    let mut segments = device.alloc_segments(2, 5).unwrap();
+    assert!(segments.write(device, &Segments::documents([1, 1, 1]).unwrap()).is_err());
+    assert!(segments.write(device, &Segments::documents([3, 3]).unwrap()).is_err());
+}
+
 /// The suite of a backend: a line a backend.
 macro_rules! differential {
     ($($backend:ident: $open:expr;)*) => {$(
         mod $backend {
             use super::*;
 
-            #[test]
-            fn every_op_agrees_with_the_reference() {
-                super::every_op_agrees_with_the_reference(&$open);
-            }
-
-            #[test]
-            fn arguments_that_lie_elsewhere_are_errors() {
-                super::arguments_that_lie_elsewhere_are_errors(&$open);
-            }
+            differential!(@laws $open;
+                every_op_agrees_with_the_reference
+                arguments_that_lie_elsewhere_are_errors
+                wrong_shapes_and_kinds_name_the_op_and_the_argument
+                an_output_that_overlaps_an_argument_is_an_error
+                memory_that_is_not_there_is_an_error
+            );
+        }
+    )*};
+    (@laws $open:expr; $($law:ident)*) => {$(
+        #[test]
+        fn $law() {
+            super::$law(&$open);
         }
     )*};
 }
 
 differential! {
-    reference: Device::new(Reference::new());
+    on_reference: Device::new(Reference::new());
+    on_cpu: cpu::device(NonZeroUsize::new(2)).unwrap();
+}
+
+#[test]
+fn cpu_gives_the_same_bits_on_any_number_of_threads_and_any_instruction_set() {
+    let one = cpu::device(NonZeroUsize::new(1)).unwrap();
+    let others = Simd::all().into_iter().flat_map(|simd| [2, 3].map(|threads| (simd, NonZeroUsize::new(threads))));
+    for (simd, threads) in others {
+        let other = cpu::device_with(threads, simd).unwrap();
+        for case in cases::CASES {
+            for seed in 0..4 {
+                if let Err(failure) = case.same_bits(&other, &one, seed) {
+                    panic!("{} (seed {seed}) on {}: {failure}", case.name, other.info().device);
+                }
+            }
+        }
+    }
 }

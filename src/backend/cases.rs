@@ -12,7 +12,7 @@ mod trial;
 
 use super::reference::Reference;
 use super::{DType, Device, Error};
-use trial::Trial;
+use trial::{Look, Trial};
 
 /// What a backend did wrong.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +21,7 @@ pub enum Failure {
     /// An op failed.
     #[error(transparent)]
     Backend(#[from] Error),
-    /// An output is not that of the reference.
+    /// An output is not that of the reference, or of the other device.
     #[error("{argument} is off by {error:.1e} of its largest value, more than {tolerance:.1e}")]
     Wrong {
         /// The output.
@@ -64,14 +64,20 @@ pub struct Case {
 
 impl Case {
     /// Runs the case at the sizes of a seed, on a device and on the reference; gives the largest error of an output as a share
-    /// of its tolerance, below 1.
+    /// of its tolerance, at most 1.
     ///
     /// # Errors
     /// What the backend did wrong.
     pub fn run(&self, device: &Device, seed: u64) -> Result<f64, Failure> {
-        let mut trial = Trial::new(device, &Device::new(Reference::new()), self.name, seed, false);
-        (self.body)(&mut trial)?;
-        Ok(trial.worst())
+        self.look(Trial::new([&Device::new(Reference::new()), device], self.name, seed, Look::Close))
+    }
+
+    /// Runs the case on two devices whose outputs are the same bits.
+    ///
+    /// # Errors
+    /// Where they differ.
+    pub fn same_bits(&self, device: &Device, other: &Device, seed: u64) -> Verdict {
+        self.look(Trial::new([other, device], self.name, seed, Look::SameBits)).map(drop)
     }
 
     /// Makes the call with one argument after the other on another device, in a freed buffer and outside of its buffer: each
@@ -80,7 +86,12 @@ impl Case {
     /// # Errors
     /// What was accepted.
     pub fn misuse(&self, device: &Device, seed: u64) -> Verdict {
-        (self.body)(&mut Trial::new(device, &Device::new(Reference::new()), self.name, seed, true))
+        self.look(Trial::new([&Device::new(Reference::new()), device], self.name, seed, Look::Misuse)).map(drop)
+    }
+
+    fn look(&self, mut trial: Trial) -> Result<f64, Failure> {
+        (self.body)(&mut trial)?;
+        Ok(trial.worst())
     }
 }
 

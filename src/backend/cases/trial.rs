@@ -15,6 +15,17 @@ use crate::random;
 const SIZES: [usize; 24] =
     [1, 2, 3, 4, 5, 7, 8, 13, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 96, 97, 127, 128, 129, 191];
 
+/// What a trial is for.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Look {
+    /// Outputs are those of the other device, but for rounding.
+    Close,
+    /// Outputs are those of the other device.
+    SameBits,
+    /// Wrong arguments are errors.
+    Misuse,
+}
+
 /// An argument of a trial.
 #[derive(Clone, Copy)]
 pub struct Arg(usize);
@@ -35,7 +46,7 @@ enum Role {
 struct Argument {
     name: &'static str,
     role: Role,
-    /// On the reference and on the device.
+    /// On the two devices.
     buffers: [Buffer; 2],
     views: [View; 2],
 }
@@ -72,12 +83,12 @@ impl On<'_> {
 
 /// A case at the sizes of one seed.
 pub struct Trial {
-    /// The reference and the device that is held to it.
+    /// A device to compare with, the reference as a rule, and the device under trial.
     devices: [Device; 2],
     random: ChaCha8Rng,
     parameters: DType,
     arguments: Vec<Argument>,
-    misuse: bool,
+    look: Look,
     worst: f64,
 }
 
@@ -86,19 +97,18 @@ struct Plan {
     name: &'static str,
     dtype: DType,
     order: Order,
-    /// On the reference and on the device.
+    /// On the two devices.
     rows: [usize; 2],
     cols: usize,
     role: Role,
 }
 
 impl Trial {
-    pub fn new(device: &Device, reference: &Device, name: &str, seed: u64, misuse: bool) -> Self {
+    pub fn new(devices: [&Device; 2], name: &str, seed: u64, look: Look) -> Self {
         let mut random = random::stream(seed, name);
-        let types = parameter_types(device);
+        let types = parameter_types(devices[1]);
         let parameters = types.get(random.random_range(0..types.len().max(1))).copied().unwrap_or(DType::F32);
-        let devices = [reference.clone(), device.clone()];
-        Trial { devices, random, parameters, arguments: Vec::new(), misuse, worst: 0.0 }
+        Trial { devices: devices.map(Device::clone), random, parameters, arguments: Vec::new(), look, worst: 0.0 }
     }
 
     /// The largest error of an output as a share of its tolerance.
@@ -357,7 +367,7 @@ impl Trial {
 
     /// Makes the call, and looks at everything.
     pub fn run(&mut self, op: impl Fn(&On) -> Result<()>) -> Verdict {
-        if self.misuse {
+        if self.look == Look::Misuse {
             return self.misuse(&op);
         }
         let before =
@@ -371,6 +381,7 @@ impl Trial {
             if let Role::Output(terms) = argument.role {
                 let (a, b) =
                     (values(&self.devices[1], argument.views[1])?, values(&self.devices[0], argument.views[0])?);
+                let terms = if self.look == Look::SameBits { 0 } else { terms };
                 let (error, tolerance) = (error(&a, &b), tolerance(argument.views[1].dtype, terms));
                 if error > tolerance {
                     return Err(Failure::Wrong { argument: argument.name, error, tolerance });
