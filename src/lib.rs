@@ -5,6 +5,7 @@
 //! `checkpoint`; `model`; `backend`.
 
 pub mod backend;
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod distill;

@@ -1,7 +1,7 @@
 //! A device: a backend behind the checks, with buffers that free themselves.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::{
     Backend, BackendInfo, BufferId, Checked, DType, DeviceId, Error, HostSlice, Largest, Order, Readback, Result,
@@ -21,8 +21,16 @@ impl std::fmt::Debug for Device {
 struct Inner {
     id: DeviceId,
     backend: Box<dyn Backend>,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
     launches: AtomicU64,
     allocations: AtomicU64,
+    /// Of buffers that live, and the most since it was asked for.
+    bytes: AtomicUsize,
+    peak_bytes: AtomicUsize,
 }
 
 /// A buffer of a device, freed when dropped.
@@ -54,6 +62,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         self.device.0.backend.free(self.view.buffer);
+        self.device.0.counts.bytes.fetch_sub(self.bytes(), Ordering::Relaxed);
     }
 }
 
@@ -95,8 +104,7 @@ impl Device {
     pub fn new(backend: impl Backend + 'static) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let id = DeviceId(NEXT.fetch_add(1, Ordering::Relaxed));
-        let (launches, allocations) = (AtomicU64::new(0), AtomicU64::new(0));
-        Device(Arc::new(Inner { id, backend: Box::new(backend), launches, allocations }))
+        Device(Arc::new(Inner { id, backend: Box::new(backend), counts: Counts::default() }))
     }
 
     /// What its backend is.
@@ -106,12 +114,19 @@ impl Device {
 
     /// Ops launched so far.
     pub fn launches(&self) -> u64 {
-        self.0.launches.load(Ordering::Relaxed)
+        self.0.counts.launches.load(Ordering::Relaxed)
     }
 
     /// Buffers made so far.
     pub fn allocations(&self) -> u64 {
-        self.0.allocations.load(Ordering::Relaxed)
+        self.0.counts.allocations.load(Ordering::Relaxed)
+    }
+
+    /// The most bytes that buffers took at a time since this was last asked for, or since the start. A backend's own
+    /// scratch is not among them.
+    pub fn take_peak_bytes(&self) -> usize {
+        let now = self.0.counts.bytes.load(Ordering::Relaxed);
+        self.0.counts.peak_bytes.swap(now, Ordering::Relaxed)
     }
 
     /// A buffer of `rows × cols` values, all 0.
@@ -121,9 +136,12 @@ impl Device {
     pub fn alloc(&self, dtype: DType, rows: usize, cols: usize) -> Result<Buffer> {
         let len = rows.checked_mul(cols).ok_or(Error::Size { what: "buffer", value: usize::MAX })?;
         let buffer: BufferId = self.0.backend.alloc(dtype, len)?;
-        self.0.allocations.fetch_add(1, Ordering::Relaxed);
         let view = View { device: self.0.id, buffer, dtype, order: Order::Rows, offset: 0, rows, cols, stride: cols };
-        Ok(Buffer { device: self.clone(), view })
+        let (buffer, counts) = (Buffer { device: self.clone(), view }, &self.0.counts);
+        counts.allocations.fetch_add(1, Ordering::Relaxed);
+        let bytes = counts.bytes.fetch_add(buffer.bytes(), Ordering::Relaxed) + buffer.bytes();
+        counts.peak_bytes.fetch_max(bytes, Ordering::Relaxed);
+        Ok(buffer)
     }
 
     /// Memory for up to `segments` segments of up to `tokens` rows in all.
@@ -190,7 +208,7 @@ macro_rules! checked {
                 /// When an argument does not fit, or the backend cannot do it.
                 pub fn $name(&self, op: &ops::$arguments) -> Result<()> {
                     op.check(self.0.id)?;
-                    self.0.launches.fetch_add(1, Ordering::Relaxed);
+                    self.0.counts.launches.fetch_add(1, Ordering::Relaxed);
                     self.0.backend.$name(op)
                 }
             )*

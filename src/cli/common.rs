@@ -38,6 +38,17 @@ impl DeviceArguments {
         self.dtype
     }
 
+    /// Threads that the cpu backend has.
+    pub(super) fn threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        self.threads.map_or_else(cores, NonZeroUsize::get)
+    }
+
+    /// The same with another number of threads.
+    pub(super) fn with_threads(&self, threads: NonZeroUsize) -> Self {
+        DeviceArguments { threads: Some(threads), ..self.clone() }
+    }
+
     /// Loads a model onto it.
     pub(super) fn load(&self, device: &Device, checkpoint: &Checkpoint) -> anyhow::Result<Model> {
         Ok(checkpoint.load(device, self.dtype)?)

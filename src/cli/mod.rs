@@ -1,8 +1,10 @@
 //! The command line: one file a verb, arguments in, progress and results out; no maths here.
 
+mod bench;
 mod common;
 mod convert;
 mod distill;
+mod doctor;
 mod eval;
 mod forward;
 mod generate;
@@ -25,8 +27,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Bench(bench::Arguments),
     Convert(convert::Arguments),
     Distill(distill::Arguments),
+    Doctor(doctor::Arguments),
     Eval(eval::Arguments),
     Forward(forward::Arguments),
     Generate(generate::Arguments),
@@ -38,8 +42,10 @@ enum Verb {
 /// Runs the program: 0 when all went well, 1 with the reason in a sentence or two, 2 for a wrong command line.
 pub fn run() -> ExitCode {
     let result = match Cli::parse().verb {
+        Verb::Bench(arguments) => bench::run(arguments),
         Verb::Convert(arguments) => convert::run(arguments),
         Verb::Distill(arguments) => distill::run(arguments),
+        Verb::Doctor(arguments) => doctor::run(arguments),
         Verb::Eval(arguments) => eval::run(arguments),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Generate(arguments) => generate::run(arguments),

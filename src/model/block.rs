@@ -223,6 +223,20 @@ pub(super) fn backward(
     };
     mlp::backward(call, shared.weights, gradients, &ids.mlp, (post_normed, &saved.mlp, &scratch.mlp), dx, dnormed)?;
     norm_backward(middle.of(n)?, ids.post_norm, &saved.post_inv_rms)?;
+    mixer_backward(call, shared, gradients, ids, (normed, saved, scratch), dx, dnormed)?;
+    norm_backward(x, ids.input_norm, &saved.inv_rms)
+}
+
+/// The mixer's backward: from the gradient `dout` of its output to that of its normed input (replaced in `dnormed`).
+pub(super) fn mixer_backward(
+    call: &Call,
+    shared: Shared,
+    gradients: &Gradients,
+    ids: &BlockIds,
+    (normed, saved, scratch): (View, &BlockSaved, &BlockScratch),
+    dout: View,
+    dnormed: View,
+) -> Result<()> {
     match (&ids.mixer, &saved.attention, &scratch.attention, &saved.mamba, &scratch.mamba, &shared.config.mamba) {
         (MixerIds::Attention(ids), Some(saved), Some(scratch), ..) => attention::backward(
             call,
@@ -230,14 +244,13 @@ pub(super) fn backward(
             (shared.weights, gradients),
             ids,
             (normed, saved, scratch),
-            dx,
+            dout,
             dnormed,
-        )?,
+        ),
         (MixerIds::Mamba(ids), _, _, Some(saved), Some(scratch), Some(mamba)) => {
-            mamba::backward(call, mamba, (shared.weights, gradients), ids, (normed, saved, scratch), dx, dnormed)?;
+            mamba::backward(call, mamba, (shared.weights, gradients), ids, (normed, saved, scratch), dout, dnormed)
         }
-        (MixerIds::Attention(_), ..) => return Err(missing("attention")),
-        (MixerIds::Mamba(_), ..) => return Err(missing("Mamba")),
+        (MixerIds::Attention(_), ..) => Err(missing("attention")),
+        (MixerIds::Mamba(_), ..) => Err(missing("Mamba")),
     }
-    norm_backward(x, ids.input_norm, &saved.inv_rms)
 }

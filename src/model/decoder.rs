@@ -162,7 +162,8 @@ fn kept_nothing(what: &str) -> Error {
 }
 
 impl ModelConfig {
-    pub(super) fn largest(&self, tokens: usize, segments: usize) -> Largest {
+    /// The largest sizes of calls of up to `tokens` rows in up to `segments` segments, without logits.
+    pub fn largest(&self, tokens: usize, segments: usize) -> Largest {
         let mamba = self.mamba.as_ref().filter(|_| self.blocks.contains(&BlockKind::Mamba));
         let projected = mamba.map_or(0, |mamba| mamba.in_proj_rows());
         Largest {

@@ -1,36 +1,52 @@
-//! One block at a time, over rows that the caller keeps: what fitting a mixer needs.
+//! One block at a time, over rows that the caller keeps: what fitting a mixer needs, and measuring one.
 
-use super::block::{self, BlockSaved, Extent, Room};
+use super::block::{self, BlockSaved, BlockScratch, Extent, Room};
 use super::call::Call;
 use super::decoder::Model;
 use super::scratch::Column;
-use super::weights::{BlockIds, MixerIds};
+use super::weights::{BlockIds, Gradients, MixerIds};
 use super::{attention, mamba};
 use crate::backend::ops::Embed;
 use crate::backend::{DType, Error, HostSlice, Out, Result, Segments, SegmentsBuffer, SegmentsView, View};
 
-/// Runs blocks and mixers of one model; activations are f32 and nothing is kept for a backward.
+/// Runs blocks and mixers of one model; activations are f32.
 #[derive(Debug)]
 pub struct Probe<'a> {
     model: &'a Model,
     saved: BlockSaved,
+    /// Memory of a backward, where there is to be one.
+    backward: Option<BlockScratch>,
     ids: Column,
     segments: SegmentsBuffer,
     now: Option<(usize, SegmentsView)>,
 }
 
 impl<'a> Probe<'a> {
-    /// Memory for calls of up to `tokens` rows in up to `segments` segments.
+    /// Memory for calls of up to `tokens` rows in up to `segments` segments; nothing is kept for a backward.
     ///
     /// # Errors
     /// When the device has no room.
     pub fn new(model: &'a Model, tokens: usize, segments: usize) -> Result<Self> {
+        Probe::with_memory(model, (tokens, segments), false)
+    }
+
+    /// The same with memory for [`Self::mixer_backward`].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn with_backward(model: &'a Model, tokens: usize, segments: usize) -> Result<Self> {
+        Probe::with_memory(model, (tokens, segments), true)
+    }
+
+    fn with_memory(model: &'a Model, (tokens, segments): (usize, usize), training: bool) -> Result<Self> {
         let (device, config) = (model.device(), model.config());
-        let room = Room { dtype: DType::F32, tokens, segments, training: false };
+        let room = Room { dtype: DType::F32, tokens, segments, training };
+        let backward = || BlockScratch::new(device, config, room.dtype, tokens);
         device.reserve(&config.largest(tokens, segments))?;
         Ok(Probe {
             model,
             saved: BlockSaved::new(device, config, room, |kind| config.blocks.contains(&kind))?,
+            backward: training.then(backward).transpose()?,
             ids: Column::new(device, DType::U32, tokens)?,
             segments: device.alloc_segments(segments, tokens)?,
             now: None,
@@ -120,6 +136,25 @@ impl<'a> Probe<'a> {
             _ => return Err(no_block(layer)),
         }
         block::project(&call, shared, ids, &self.saved, Out::assign(out))
+    }
+
+    /// From the gradient `dout` of what [`Self::mixer`] gave last, for the rows `normed`, to theirs (replaced in
+    /// `dnormed`), and to the weights that train; all `[tokens, hidden]`.
+    ///
+    /// # Errors
+    /// When there is no memory for it, the block is left out, or the device fails.
+    pub fn mixer_backward(
+        &self,
+        layer: usize,
+        gradients: &Gradients,
+        (normed, dout): (View, View),
+        dnormed: View,
+    ) -> Result<()> {
+        let Some(scratch) = &self.backward else {
+            return Err(Error::Argument { op: "probe", what: "it was made without memory for a backward".into() });
+        };
+        let (call, shared, ids) = (self.call()?, self.model.shared(), self.ids_of(layer)?);
+        block::mixer_backward(&call, shared, gradients, ids, (normed, &self.saved, scratch), dout, dnormed)
     }
 
     fn call(&self) -> Result<Call<'_>> {

@@ -1,5 +1,7 @@
 //! One step of training after the other: forward, loss, backward over the micro-batches of a step, then the optimiser.
 
+use std::time::Instant;
+
 use super::error::{Error, Result};
 use super::optimizer::{AdamW, AdamWOptions, Trained};
 use super::teacher::Teacher;
@@ -85,6 +87,27 @@ pub struct Progress {
     pub unfinite: u64,
 }
 
+/// Where the time of a step went, in seconds of the host: on a device that runs behind it, the time to launch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct PartSeconds {
+    /// The teacher's forward pass, up to its normed rows.
+    pub teacher: f64,
+    /// The student's forward pass.
+    pub forward: f64,
+    /// Both heads and the loss, with their gradients.
+    pub head: f64,
+    /// The student's backward pass.
+    pub backward: f64,
+    /// Gradient norm, clipping and update.
+    pub optimizer: f64,
+}
+
+/// Seconds since `then`, which becomes now.
+fn lap(then: &mut Instant) -> f64 {
+    let now = Instant::now();
+    now.duration_since(std::mem::replace(then, now)).as_secs_f64()
+}
+
 struct Pending {
     report: StepReport,
     /// The factor from a total to a mean over the tokens that count.
@@ -105,6 +128,7 @@ pub struct Trainer {
     /// `[1, 4]`: the three totals and the norm, to be read at once.
     numbers: Buffer,
     progress: Progress,
+    seconds: PartSeconds,
     pending: Option<Pending>,
     segments: Segments,
     rows: Vec<u32>,
@@ -144,6 +168,7 @@ impl Trainer {
             segments: Segments::default(),
             activations: None,
             progress: Progress::default(),
+            seconds: PartSeconds::default(),
             pending: None,
             model,
             teacher,
@@ -185,6 +210,11 @@ impl Trainer {
         self.progress
     }
 
+    /// Where the time of the last step went.
+    pub fn seconds(&self) -> PartSeconds {
+        self.seconds
+    }
+
     /// Gives the model and the teacher back; what was not yet read of the last step is lost.
     pub fn into_parts(self) -> (Model, Option<Teacher>) {
         (self.model, self.teacher)
@@ -211,13 +241,18 @@ impl Trainer {
             Divisor::Counted => counted,
             Divisor::All => tokens,
         };
+        let mut clock = Instant::now();
+        self.seconds = PartSeconds::default();
         self.optimizer.clear(&self.gradients)?;
         self.head.clear(&device)?;
+        self.seconds.optimizer += lap(&mut clock);
         for batch in batches.iter().filter(|batch| batch.counted.contains(&true)) {
             self.accumulate(batch, 1.0 / divisor as f32)?;
         }
         self.progress.step += 1;
+        clock = Instant::now();
         self.optimizer.step(self.model.weights(), &self.gradients, rate, self.progress.step)?;
+        self.seconds.optimizer += lap(&mut clock);
         let numbers = self.numbers.view();
         device.copy(&Copy { src: self.head.totals(), out: Out::assign(numbers.col_range(0, 3)?) })?;
         device.copy(&Copy { src: self.optimizer.norm()?, out: Out::assign(numbers.col_range(3, 1)?) })?;
@@ -275,10 +310,13 @@ impl Trainer {
         }
         self.weights.clear();
         self.weights.resize(self.rows.len(), weight);
-        let Trainer { model, teacher, gradients, activations, head, segments, .. } = self;
+        let Trainer { model, teacher, gradients, activations, head, segments, seconds, .. } = self;
+        let mut clock = Instant::now();
         let Some(activations) = activations else { return Ok(()) };
         let outputs = teacher.as_mut().map(|teacher| teacher.outputs(&batch.ids, segments, &self.rows)).transpose()?;
+        seconds.teacher += lap(&mut clock);
         model.forward(activations, &batch.ids, segments, None, None)?;
+        seconds.forward += lap(&mut clock);
         let targets = Targets {
             rows: &self.rows,
             labels: &self.labels,
@@ -287,7 +325,10 @@ impl Trainer {
         };
         let stream = (activations.output()?, activations.doutput()?);
         head.run(model, stream.0, &targets, self.options.loss, Some((gradients, stream.1)))?;
-        Ok(model.backward(activations, gradients)?)
+        seconds.head += lap(&mut clock);
+        model.backward(activations, gradients)?;
+        seconds.backward += lap(&mut clock);
+        Ok(())
     }
 
     /// Makes the memory for up to `segments` segments.

@@ -1,0 +1,75 @@
+//! The loss over a chunk of logits, the choice of a token, and the optimiser.
+
+use super::{Bench, Work};
+use crate::backend::ops::{
+    AdamW, Argmax, CONTROL, HeadLoss, HeadLossGradient, LossWeights, STATISTICS, Sample, Scaling, SquaredNorm,
+};
+use crate::backend::{DType, HostSlice};
+use crate::bench::Result;
+use crate::model::head::chunk_rows;
+
+/// Values that the optimiser's ops are timed over.
+const PARAMETERS: usize = 1 << 24;
+
+/// Statistics, gradient and choices of one chunk.
+pub(super) fn head(bench: &mut Bench<'_>) -> Result<()> {
+    let (device, vocabulary) = (bench.device, bench.config.vocab_size);
+    let rows = chunk_rows(vocabulary, bench.tokens);
+    let (student, teacher) = (bench.values(rows, vocabulary)?, bench.values(rows, vocabulary)?);
+    let (statistics, losses) = (bench.room(rows, STATISTICS)?, bench.room(rows, 3)?);
+    let (row_weights, chosen) = (bench.values(1, rows)?, device.alloc(DType::U32, 1, rows)?);
+    let (student, teacher, statistics) = (student.view(), Some(teacher.view()), statistics.view());
+    let (labels, scaling, sizes) = (None, Scaling::default(), format!("{rows}×{vocabulary}"));
+    let moved = |times: usize| Work { flops: 0.0, values: times * rows * vocabulary };
+
+    let op = Argmax { logits: student, out: chosen.view() };
+    bench.op(("argmax", sizes.clone()), moved(1), || device.argmax(&op))?;
+    let temperatures = bench.values(1, rows)?;
+    device.write(HostSlice::F32(&vec![1.0; rows]), temperatures.view())?;
+    let uniforms = bench.room(1, rows)?;
+    let op =
+        Sample { logits: student, temperatures: temperatures.view(), uniforms: uniforms.view(), out: chosen.view() };
+    bench.op(("sample", sizes.clone()), moved(1), || device.sample(&op))?;
+    let op = HeadLoss { student, teacher, labels, scaling, statistics };
+    bench.op(("head_loss", sizes.clone()), moved(2), || device.head_loss(&op))?;
+    let op = HeadLossGradient {
+        student,
+        teacher,
+        labels,
+        scaling,
+        statistics,
+        row_weights: row_weights.view(),
+        weights: Some(LossWeights { reverse_kl: 1.0, forward_kl: 0.0, cross_entropy: 0.0 }),
+        losses: losses.view(),
+    };
+    bench.op(("head_loss_gradient", sizes), moved(3), || device.head_loss_gradient(&op))
+}
+
+/// The norm of the gradients and the update.
+pub(super) fn optimiser(bench: &mut Bench<'_>) -> Result<()> {
+    let (device, sizes) = (bench.device, PARAMETERS.to_string());
+    let [param, grad, moment1, moment2] = [
+        bench.values(1, PARAMETERS)?,
+        bench.values(1, PARAMETERS)?,
+        bench.room(1, PARAMETERS)?,
+        bench.room(1, PARAMETERS)?,
+    ];
+    let (sum, control) = (bench.room(1, 1)?, bench.room(1, CONTROL)?);
+    device.write(HostSlice::F32(&[1e-6, 1.0, 1.0, 1.0, 1.0]), control.view())?;
+    let moved = |times: usize| Work { flops: 0.0, values: times * PARAMETERS };
+    let op = SquaredNorm { x: grad.view(), out: sum.view() };
+    bench.op(("squared_norm", sizes.clone()), moved(1), || device.squared_norm(&op))?;
+    let op = AdamW {
+        param: param.view(),
+        grad: grad.view(),
+        moment1: moment1.view(),
+        moment2: moment2.view(),
+        stored: None,
+        control: control.view(),
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+    };
+    bench.op(("adamw", sizes), moved(7), || device.adamw(&op))
+}

@@ -1,0 +1,205 @@
+//! Every op of a model's shape by itself, and its mixers, beside what the machine could do.
+
+mod dense;
+mod head;
+mod layers;
+mod mixers;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::shapes::{Shape, uniform};
+use super::yardstick::{Gemm, Limits};
+use super::{Clock, Result};
+use crate::backend::{self, Buffer, DType, Device, HostSlice, Order, Segments, SegmentsBuffer, SegmentsView, View};
+use crate::model::config::ModelConfig;
+
+/// An op's time.
+#[derive(Clone, Debug, Serialize)]
+pub struct Kernel {
+    /// The op.
+    pub name: &'static str,
+    /// Its sizes.
+    pub sizes: String,
+    /// Threads of the device.
+    pub threads: usize,
+    /// Seconds of one call.
+    pub seconds: f64,
+    /// Operations a second over 10⁹, where they are what the op is about; an exponential counts as one.
+    pub gflops: Option<f64>,
+    /// Bytes a second over 10⁹ that it reads and writes at least, each once.
+    pub gbytes: f64,
+    /// The time that the machine's matrix products and memory would need at least, over its own.
+    pub share: f64,
+    /// GFLOP/s of the `gemm` crate at the same product and threads.
+    pub gemm_gflops: Option<f64>,
+}
+
+/// What an op does at least.
+#[derive(Clone, Copy)]
+struct Work {
+    /// Operations; 0 where bytes are all that matters.
+    flops: f64,
+    /// Values of 4 bytes that are read or written, each once.
+    values: usize,
+}
+
+/// A device with what is needed to time its ops.
+struct Bench<'a> {
+    device: &'a Device,
+    clock: Clock,
+    config: &'a ModelConfig,
+    tokens: usize,
+    limits: Limits,
+    budget: Duration,
+    kernels: &'a mut Vec<Kernel>,
+}
+
+/// Times of all ops of a shape on `device`, for calls of `tokens` tokens in one segment, about `budget` each; `limits` are
+/// the machine's with the threads that the device has. `progress` hears of each op.
+///
+/// # Errors
+/// When the device has no room, cannot do an op, or fails.
+pub fn measure(
+    device: &Device,
+    config: &ModelConfig,
+    (tokens, budget): (usize, Duration),
+    limits: Limits,
+    mut progress: impl FnMut(&Kernel),
+) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    for part in [dense::products, dense::rows, mixers::attention, mixers::mamba, head::head, head::optimiser] {
+        let before = kernels.len();
+        part(&mut Bench::new(device, config, (tokens, budget), limits, &mut kernels)?)?;
+        kernels[before..].iter().for_each(&mut progress);
+    }
+    kernels.extend(layers(device, config, (tokens, budget), limits, &mut progress)?);
+    Ok(kernels)
+}
+
+/// The two kinds of mixers as whole layers, forward and with backward.
+///
+/// # Errors
+/// As [`measure`].
+pub fn layers(
+    device: &Device,
+    config: &ModelConfig,
+    (tokens, budget): (usize, Duration),
+    limits: Limits,
+    mut progress: impl FnMut(&Kernel),
+) -> Result<Vec<Kernel>> {
+    let mut kernels = Vec::new();
+    layers::layers(&mut Bench::new(device, config, (tokens, budget), limits, &mut kernels)?)?;
+    kernels.iter().for_each(&mut progress);
+    Ok(kernels)
+}
+
+/// What a device reaches of the machine's limits.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Rates {
+    /// GFLOP/s of a square product.
+    pub gemm_gflops: f64,
+    /// GB/s of values being copied: read and written bytes together.
+    pub copy_gbytes: f64,
+}
+
+/// A square product of `size` and a copy of `values` values on a device, about `budget` each.
+///
+/// # Errors
+/// When the device has no room, or fails.
+pub fn rates(device: &Device, (size, values): (usize, usize), budget: Duration) -> Result<Rates> {
+    let (config, mut kernels) = (Shape::Arithmetic.config(), Vec::new());
+    let limits = Limits { threads: 0, gemm_gflops: 1.0, copy_gbytes: 1.0, read_gbytes: 1.0 };
+    dense::rates(&mut Bench::new(device, &config, (size, budget), limits, &mut kernels)?, (size, values))?;
+    let rate = |name: &str| kernels.iter().find(|kernel| kernel.name == name);
+    Ok(Rates {
+        gemm_gflops: rate("linear").and_then(|kernel| kernel.gflops).unwrap_or_default(),
+        copy_gbytes: rate("copy").map_or(0.0, |kernel| kernel.gbytes),
+    })
+}
+
+impl<'a> Bench<'a> {
+    fn new(
+        device: &'a Device,
+        config: &'a ModelConfig,
+        (tokens, budget): (usize, Duration),
+        limits: Limits,
+        kernels: &'a mut Vec<Kernel>,
+    ) -> Result<Self> {
+        device.reserve(&config.largest(tokens, 1))?;
+        Ok(Bench { device, clock: Clock::new(device, budget)?, config, tokens, limits, budget, kernels })
+    }
+
+    /// Times `run` and keeps the result.
+    fn op(
+        &mut self,
+        (name, sizes): (&'static str, String),
+        work: Work,
+        run: impl FnMut() -> backend::Result<()>,
+    ) -> Result<()> {
+        let seconds = self.clock.best(run)?;
+        let bytes = 4.0 * work.values as f64;
+        self.kernels.push(Kernel {
+            name,
+            sizes,
+            threads: self.limits.threads,
+            seconds,
+            gflops: (work.flops > 0.0).then(|| work.flops / seconds / 1e9),
+            gbytes: bytes / seconds / 1e9,
+            share: self.limits.floor(work.flops, bytes) / seconds,
+            gemm_gflops: None,
+        });
+        Ok(())
+    }
+
+    /// Sets the `gemm` crate beside the last op.
+    fn beside_gemm(&mut self, sizes: [usize; 3]) -> Result<()> {
+        let rate = Gemm::new(sizes, self.limits.threads)?.best_rate(self.budget);
+        if let Some(kernel) = self.kernels.last_mut() {
+            kernel.gemm_gflops = Some(rate);
+        }
+        Ok(())
+    }
+
+    /// Random values, `[rows, cols]`.
+    fn values(&self, rows: usize, cols: usize) -> Result<Buffer> {
+        let buffer = self.device.alloc(DType::F32, rows, cols)?;
+        self.device.write(HostSlice::F32(&uniform("values", rows * cols, 1.0)), buffer.view())?;
+        Ok(buffer)
+    }
+
+    /// Memory for a result, `[rows, cols]`.
+    fn room(&self, rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(self.device.alloc(DType::F32, rows, cols)?)
+    }
+
+    /// A linear weight of random values, `[out, in]`.
+    fn weight(&self, out: usize, input: usize) -> Result<Weight> {
+        let buffer = self.device.alloc(DType::F32, 1, backend::padded_rows(out) * input)?;
+        let view = buffer.view().matrix(0, out, input, Order::Weight)?;
+        self.device.write(HostSlice::F32(&uniform("weight", out * input, 0.05)), view)?;
+        Ok(Weight { _buffer: buffer, view })
+    }
+
+    /// Numbers below `bound`, one a token.
+    fn ids(&self, bound: usize) -> Result<Buffer> {
+        let ids: Vec<u32> = (0..self.tokens).map(|at| (at * 7919 % bound) as u32).collect();
+        let buffer = self.device.alloc(DType::U32, 1, self.tokens)?;
+        self.device.write(HostSlice::U32(&ids), buffer.view())?;
+        Ok(buffer)
+    }
+
+    /// One segment of all tokens.
+    fn segment(&self) -> Result<(SegmentsBuffer, SegmentsView)> {
+        let mut buffer = self.device.alloc_segments(1, self.tokens)?;
+        let view = buffer.write(self.device, &Segments::documents([self.tokens])?)?;
+        Ok((buffer, view))
+    }
+}
+
+/// A linear weight in a buffer of its own.
+struct Weight {
+    _buffer: Buffer,
+    view: View,
+}

@@ -1,0 +1,147 @@
+//! A step of distillation, and the share of the machine's matrix products that it reaches.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::shapes::random_model;
+use super::yardstick::Gemm;
+use super::{Error, Result};
+use crate::backend::ops::{LossWeights, Scaling};
+use crate::backend::{DType, Device};
+use crate::model::LossKind;
+use crate::model::config::ModelConfig;
+use crate::text::packing::{Batch, NO_LABEL, Segment};
+use crate::train::Trainer;
+use crate::train::optimizer::{AdamWOptions, Trained};
+use crate::train::teacher::Teacher;
+use crate::train::trainer::{Divisor, PartSeconds, Room, TrainerOptions};
+
+/// The product that a step is held against: m, k, n.
+pub const GEMM: [usize; 3] = [512, 576, 1536];
+/// FLOP a parameter and token: 2 for the teacher's forward pass, 2 for the student's, 4 for its backward pass.
+const FLOP: f64 = 8.0;
+/// How long the product runs before each step.
+const STRETCH: Duration = Duration::from_millis(300);
+/// Steps whose numbers are not finite do not matter here.
+const PATIENCE: u64 = u64::MAX;
+
+/// What a step is.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Mamba layers of the student.
+    pub mamba: usize,
+    /// Tokens of the one sequence.
+    pub tokens: usize,
+    /// Whether backward computes each block again.
+    pub recompute: bool,
+    /// Steps that are timed.
+    pub steps: usize,
+    /// Threads of the matrix product.
+    pub threads: usize,
+}
+
+/// What came out; the step is the best one.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Report {
+    /// Mamba layers of the student.
+    pub mamba: usize,
+    /// Tokens of a step.
+    pub tokens: usize,
+    /// Whether backward computed each block again.
+    pub recompute: bool,
+    /// Parameters of the student.
+    pub student_parameters: u64,
+    /// Seconds of a step.
+    pub seconds: f64,
+    /// Where they went.
+    pub parts: PartSeconds,
+    /// Tokens over seconds.
+    pub tokens_per_second: f64,
+    /// 8 FLOP × student parameters × tokens a second, in GFLOP/s.
+    pub gflops: f64,
+    /// GFLOP/s of the `gemm` crate at [`GEMM`]: the best of the stretches between the steps.
+    pub gemm_gflops: f64,
+    /// Threads of it.
+    pub gemm_threads: usize,
+    /// The former over the latter.
+    pub share_of_gemm: f64,
+    /// The most bytes of device buffers at a time.
+    pub peak_bytes: usize,
+}
+
+/// Distils `config` with random weights into itself with `step.mamba` Mamba layers, by reverse KL, AdamW of everything;
+/// `progress` hears of each step. Stretches of the matrix product lie between the steps, so that a change of the
+/// machine's speed meets both.
+///
+/// # Errors
+/// When the step makes no sense, the device has no room, or it fails.
+pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: impl FnMut()) -> Result<Report> {
+    if step.tokens == 0 || step.steps == 0 {
+        return Err(Error::Options("a training step needs at least one token, and one step is timed at least".into()));
+    }
+    device.take_peak_bytes();
+    let mut trainer = trainer(device, config, step)?;
+    let batch = [batch(config.vocab_size, step.tokens)];
+    let mut gemm = Gemm::new(GEMM, step.threads)?;
+    let (mut seconds, mut parts, mut gemm_gflops) = (f64::INFINITY, PartSeconds::default(), 0.0_f64);
+    for round in 0..=step.steps {
+        gemm_gflops = gemm_gflops.max(gemm.rate(STRETCH));
+        let start = Instant::now();
+        trainer.step(&batch, 1e-5)?;
+        trainer.finish()?;
+        let took = start.elapsed().as_secs_f64();
+        // The first touches all memory for the first time.
+        if round > 0 && took < seconds {
+            (seconds, parts) = (took, trainer.seconds());
+        }
+        progress();
+    }
+    let student_parameters = trainer.model().config().parameter_count();
+    let tokens_per_second = step.tokens as f64 / seconds;
+    let gflops = FLOP * student_parameters as f64 * tokens_per_second / 1e9;
+    Ok(Report {
+        mamba: step.mamba,
+        tokens: step.tokens,
+        recompute: step.recompute,
+        student_parameters,
+        seconds,
+        parts,
+        tokens_per_second,
+        gflops,
+        gemm_gflops,
+        gemm_threads: step.threads,
+        share_of_gemm: gflops / gemm_gflops,
+        peak_bytes: device.take_peak_bytes(),
+    })
+}
+
+fn trainer(device: &Device, config: &ModelConfig, step: Step) -> Result<Trainer> {
+    let teacher = random_model(device, config, 0, DType::F32)?;
+    let student = random_model(device, config, step.mamba, DType::F32)?;
+    let options = TrainerOptions {
+        trained: Trained::All,
+        optimizer: AdamWOptions::default(),
+        loss: LossKind {
+            weights: LossWeights { reverse_kl: 1.0, forward_kl: 0.0, cross_entropy: 0.0 },
+            scaling: Scaling::default(),
+        },
+        divisor: Divisor::Counted,
+        recompute: step.recompute,
+        dtype: DType::F32,
+        patience: PATIENCE,
+    };
+    let teacher = Teacher::live(Arc::new(teacher), DType::F32);
+    Ok(Trainer::new(student, Some(teacher), options, Room { tokens: step.tokens, segments: 1 })?)
+}
+
+/// One sequence of any tokens, all of whose logits count.
+fn batch(vocabulary: usize, tokens: usize) -> Batch {
+    Batch {
+        ids: (0..tokens).map(|at| (at * 7919 % vocabulary) as u32).collect(),
+        labels: vec![NO_LABEL; tokens],
+        counted: vec![true; tokens],
+        segments: vec![Segment { start: 0, len: tokens, document: 0 }],
+    }
+}
