@@ -116,6 +116,19 @@ pub fn random_model(device: &Device, config: &ModelConfig, mamba: usize, dtype: 
     Ok(model)
 }
 
+/// A model to measure the mixers of `config` in: of its two layers [`random_model`] makes the second Mamba when asked for
+/// one; MLP and vocabulary are next to nothing.
+pub fn two_layers(config: &ModelConfig) -> ModelConfig {
+    ModelConfig {
+        blocks: vec![BlockKind::Attention; 2],
+        mamba: None,
+        vocab_size: 32,
+        intermediate_size: 32,
+        tie_word_embeddings: true,
+        ..config.clone()
+    }
+}
+
 /// Uniform values of standard deviation 0.02, from the tensor's name alone; 1 for a vector.
 fn values(spec: &TensorSpec) -> Vec<f32> {
     match spec.role {

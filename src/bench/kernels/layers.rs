@@ -2,7 +2,7 @@
 
 use super::{Bench, Work};
 use crate::backend::{DType, Segments};
-use crate::bench::shapes::random_model;
+use crate::bench::shapes::{random_model, two_layers};
 use crate::bench::{Error, Result};
 use crate::hybrid::{Conversion, Init, MixerShape};
 use crate::model::config::{BlockKind, MambaConfig, ModelConfig};
@@ -22,15 +22,7 @@ pub(super) fn mixer(config: &ModelConfig) -> Result<MambaConfig> {
 /// The Mamba and the attention mixer of the shape, forward, and forward with backward of everything.
 pub(super) fn layers(bench: &mut Bench<'_>) -> Result<()> {
     let (device, config, tokens) = (bench.device, bench.config, bench.tokens);
-    // Of two layers the second becomes Mamba; MLP and vocabulary play no part.
-    let small = ModelConfig {
-        blocks: vec![BlockKind::Attention; 2],
-        vocab_size: 32,
-        intermediate_size: 32,
-        tie_word_embeddings: true,
-        ..config.clone()
-    };
-    let model = random_model(device, &small, 1, DType::F32)?;
+    let model = random_model(device, &two_layers(config), 1, DType::F32)?;
     let mut probe = Probe::with_backward(&model, tokens, 1)?;
     probe.begin(&Segments::documents([tokens])?)?;
     let gradients = Gradients::new(device, model.weights().table(), |_| true)?;
