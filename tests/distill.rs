@@ -412,3 +412,45 @@ fn the_published_recipe_is_planned_from_its_sizes_alone() {
 fn the_bundled_example_makes_sense() {
     example("arithmetic.toml").check().unwrap();
 }
+
+#[test]
+fn a_ranking_resumes_layer_by_layer_and_takes_no_other_settings() {
+    let case = Case::new(CONFIG);
+    let problems: String =
+        (0..40).map(|i| format!("{{\"prompt\":\"{i}+1=\",\"completion\":\">{}\"}}\n", i + 1)).collect();
+    fs::write(case.path("problems.jsonl"), problems).unwrap();
+    let h1 = |arguments: &[&str]| {
+        let data = ["importance", "teacher", "--data", "problems.jsonl", "--backend", "reference"];
+        let output = Command::new(env!("CARGO_BIN_EXE_h1"))
+            .args(data)
+            .args(arguments)
+            .current_dir(case.folder.path())
+            .output()
+            .unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let mmr = ["--method", "mmr", "--steps", "2", "--row-tokens", "32", "--d-state", "4", "--learning-rate", "1e-3"];
+    let loo = ["--method", "loo", "--without", "mixer", "--measure", "reverse-kl"];
+    for (out, arguments) in [("mmr", &mmr[..]), ("loo", &loo[..])] {
+        let with = |more: &[&str]| h1(&[arguments, &["--out", out], more].concat());
+        let (done, words) = with(&[]);
+        assert!(done, "{words}");
+        let ranking = || fs::read_to_string(case.path(out).join("ranking.json")).unwrap();
+        let first = ranking();
+        let value: serde_json::Value = serde_json::from_str(&first).unwrap();
+        assert_eq!(value["order"].as_array().unwrap().len(), 4);
+        assert!(value["scores"].as_array().unwrap().iter().all(|score| score.is_number()), "{first}");
+
+        let (done, words) = with(&[]);
+        assert!(!done && words.contains("--resume"), "{words}");
+        fs::remove_file(case.path(out).join("ranking.json")).unwrap();
+        fs::remove_file(case.path(out).join("layers/layer-002.json")).unwrap();
+        let kept = fs::metadata(case.path(out).join("layers/layer-001.json")).unwrap().modified().unwrap();
+        assert!(with(&["--resume"]).0);
+        assert_eq!(ranking(), first);
+        let later = fs::metadata(case.path(out).join("layers/layer-001.json")).unwrap().modified().unwrap();
+        assert_eq!(kept, later, "layer 1 was scored again");
+        let (done, words) = with(&["--resume", "--seed", "9"]);
+        assert!(!done && words.contains("another ranking"), "{words}");
+    }
+}

@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod forward;
 mod generate;
+mod importance;
 mod inspect;
 mod interrupt;
 mod train;
@@ -34,6 +35,7 @@ enum Verb {
     Eval(eval::Arguments),
     Forward(forward::Arguments),
     Generate(generate::Arguments),
+    Importance(importance::Arguments),
     Inspect(inspect::Arguments),
     Train(train::Arguments),
     Verify(verify::Arguments),
@@ -49,6 +51,7 @@ pub fn run() -> ExitCode {
         Verb::Eval(arguments) => eval::run(arguments),
         Verb::Forward(arguments) => forward::run(arguments),
         Verb::Generate(arguments) => generate::run(arguments),
+        Verb::Importance(arguments) => importance::run(arguments),
         Verb::Inspect(arguments) => inspect::run(arguments),
         Verb::Train(arguments) => train::run(arguments),
         Verb::Verify(arguments) => verify::run(arguments),

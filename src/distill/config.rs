@@ -260,6 +260,30 @@ pub struct StageConfig {
     pub trained: Option<Trained>,
 }
 
+impl Default for Config {
+    /// No teacher, no stages, and the defaults of everything else.
+    fn default() -> Self {
+        Config {
+            seed: 0,
+            dtype: None,
+            teacher: TeacherConfig::default(),
+            data: None,
+            batch: BatchConfig { row_tokens: 2048, rows: 1, accumulate: 1 },
+            student: StudentConfig::default(),
+            loss: LossConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            schedule: ScheduleConfig::default(),
+            importance: ImportanceConfig::default(),
+            placement: Placement::default(),
+            evaluation: EvaluationConfig::default(),
+            checkpoint: CheckpointConfig::default(),
+            recompute: false,
+            plan: PlanConfig::default(),
+            stages: Vec::new(),
+        }
+    }
+}
+
 impl Config {
     /// Holds the values against each other; reading has held the keys.
     ///
@@ -285,7 +309,6 @@ impl Config {
                 "plan.flops: expected a number above 0",
             ),
             (self.plan.devices != Some(0), "plan.devices: expected at least 1"),
-            (!self.stages.is_empty(), "stages: expected at least one"),
         ];
         if let Some((_, what)) = laws.iter().find(|(holds, _)| !holds) {
             return Err(Error::Configuration((*what).to_owned()));
@@ -354,6 +377,9 @@ impl Config {
     /// # Errors
     /// When a stage does not add any, or asks for more than there are.
     pub fn counts(&self, teacher: &ModelConfig) -> Result<Vec<usize>> {
+        if self.stages.is_empty() {
+            return Err(Error::Configuration("stages: expected at least one".into()));
+        }
         let mut count = teacher.layers_of(BlockKind::Mamba).count();
         let most = count + teacher.layers_of(BlockKind::Attention).count();
         let mut counts = Vec::new();

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::piece::once;
+use super::piece::{once, write_text};
 use super::{Error, Result};
 use crate::eval::{Evaluator, Scores};
 use crate::model::{Model, Skip};
@@ -76,6 +76,30 @@ pub enum Measure {
     ReverseKl,
 }
 
+impl std::str::FromStr for Without {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "block" => Ok(Without::Block),
+            "mixer" => Ok(Without::Mixer),
+            _ => Err(format!("unknown part '{name}': expected block or mixer")),
+        }
+    }
+}
+
+impl std::str::FromStr for Measure {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "cross-entropy" => Ok(Measure::CrossEntropy),
+            "reverse-kl" => Ok(Measure::ReverseKl),
+            _ => Err(format!("unknown loss '{name}': expected cross-entropy or reverse-kl")),
+        }
+    }
+}
+
 impl Measure {
     fn of(self, scores: &Scores) -> f64 {
         match (self, &scores.teacher) {
@@ -117,6 +141,27 @@ impl Ranking {
         let (score, scores, order) = (&self.score, &self.scores[..], &self.order[..]);
         Ok(plot::importance(&plot::Importance { title, score, scores, order, chosen })?)
     }
+}
+
+/// A ranking in a folder of its own: `ranking.json`, its plot, and while it is made each layer's score. `rank` is given the
+/// folder of the scores.
+///
+/// # Errors
+/// When the folder holds a ranking of other settings, `rank` fails, or a file cannot be written.
+pub fn keep(
+    folder: &Path,
+    settings: &serde_json::Value,
+    rank: impl FnOnce(&Path) -> Result<Ranking>,
+) -> Result<Ranking> {
+    let path = folder.join("settings.json");
+    let before: serde_json::Value = once(&path, || Ok(settings.clone()))?;
+    if before != *settings {
+        return Err(Error::malformed(&path, format!("another ranking was begun here: {before}, now {settings}")));
+    }
+    let ranking: Ranking = once(&folder.join("ranking.json"), || rank(&folder.join("layers")))?;
+    let title = format!("Importance of each layer by {}", ranking.method.name());
+    write_text(&folder.join("ranking.svg"), &ranking.plot(&title, &[])?)?;
+    Ok(ranking)
 }
 
 /// How leave-one-out scores.

@@ -3,11 +3,11 @@
 pub mod config;
 pub mod cost;
 mod error;
+pub mod ground;
 pub mod importance;
 mod piece;
 pub mod placement;
 pub mod plan;
-mod ranking;
 mod stages;
 pub mod student;
 pub mod table;

@@ -16,33 +16,31 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rand::RngExt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::config::Config;
+use super::ground::{self, CALL_TOKENS, Deaf, Ground, room};
+use super::importance::Ranking;
 use super::piece::{once, read_json, write_json, write_text};
-use super::ranking;
 use super::table::{Row, Summary};
 use super::watch::{Event, Watcher};
-use super::{Error, Result, student};
+use super::{Error, Result};
 use crate::backend::{DType, Device};
 use crate::checkpoint::{Checkpoint, SaveOptions, save_model_into};
 use crate::eval::Evaluator;
-use crate::hybrid::{Conversion, FitOptions, Init, LayerSet, fit};
+use crate::hybrid::{Init, LayerSet};
 use crate::model::Model;
 use crate::model::config::BlockKind;
-use crate::random;
 use crate::report::metrics::{self, Record};
 use crate::report::plot;
 use crate::text::dataset::Documents;
-use crate::text::packing::{Batch, Batches};
 use crate::text::tokenizer::Tokenizer;
 use crate::train::Run;
 use crate::train::run::Saved;
 use crate::train::session::{self, Observer, Outcome, Plan, SessionState};
 use crate::train::teacher::Teacher;
-use crate::train::trainer::{Room, StepReport, Trainer};
+use crate::train::trainer::{StepReport, Trainer};
 
 /// What a distillation starts from.
 #[derive(Clone, Debug)]
@@ -64,12 +62,9 @@ pub struct Setup<'a> {
 }
 
 /// A distillation under way.
-pub(super) struct Distillation<'a> {
-    pub(super) setup: Setup<'a>,
-    pub(super) teacher: Arc<Model>,
-    /// The teacher as it lies on the disk.
-    pub(super) original: Checkpoint,
-    pub(super) train: Arc<Documents>,
+struct Distillation<'a> {
+    config: &'a Config,
+    ground: Ground<'a>,
     held_out: Documents,
     run: Run,
     /// Tokens of training so far.
@@ -82,8 +77,8 @@ pub(super) struct Distillation<'a> {
 /// When the configuration, the data or the run are not to be had, the device fails, or training diverges.
 pub fn distill(setup: Setup<'_>, watcher: &mut dyn Watcher) -> Result<Option<Summary>> {
     let (mut distillation, mut saved) = Distillation::open(setup)?;
-    distillation.score(TEACHER, || distillation.load(distillation.original.path()), watcher)?;
-    for index in 0..distillation.setup.config.stages.len() {
+    distillation.score(TEACHER, || distillation.load(distillation.ground.original.path()), watcher)?;
+    for index in 0..distillation.config.stages.len() {
         if distillation.stage(index, &mut saved, watcher)? == Outcome::Interrupted {
             return Ok(None);
         }
@@ -127,7 +122,7 @@ impl<'a> Distillation<'a> {
             return Err(Error::Configuration("data: nothing is held out to score models on".into()));
         }
         if let Some(most) = config.evaluation.documents {
-            data.test = ranking::first(&data.test, |documents| documents.len() >= most);
+            data.test = ground::first(&data.test, |documents| documents.len() >= most);
         }
         let now = DeviceFile {
             backend: device.info().name.to_owned(),
@@ -140,14 +135,13 @@ impl<'a> Distillation<'a> {
             let what = format!("the run was started with {before:?}, now it is {now:?}: it would end in other bits");
             return Err(Error::malformed(&path, what));
         }
-        let teacher = Arc::new(original.load(device, dtype)?);
         let tokens = saved.as_ref().map_or(0, |saved: &Saved<SessionState>| saved.state.tokens);
-        let (train, held_out) = (Arc::new(data.train), data.test);
-        Ok((Distillation { setup, teacher, original, train, held_out, run, tokens }, saved))
+        let ground = Ground::new(config, (device, dtype), original, data.train)?;
+        Ok((Distillation { config, ground, held_out: data.test, run, tokens }, saved))
     }
 
     /// A file or folder of the run.
-    pub(super) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
+    fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         self.run.folder().join(name)
     }
 
@@ -156,47 +150,11 @@ impl<'a> Distillation<'a> {
     }
 
     /// The model that stage `index` starts from.
-    pub(super) fn before(&self, index: usize) -> Result<Checkpoint> {
+    fn before(&self, index: usize) -> Result<Checkpoint> {
         match index.checked_sub(1) {
-            None => Ok(Checkpoint::open(self.original.path())?),
+            None => Ok(Checkpoint::open(self.ground.original.path())?),
             Some(index) => Ok(Checkpoint::open(&self.stage_folder(index))?),
         }
-    }
-
-    /// Batches of the training documents, in an order of `purpose`'s own.
-    pub(super) fn batches(&self, purpose: &str) -> Result<Batches> {
-        let Config { seed, batch, .. } = self.setup.config;
-        let seed = random::stream(*seed, purpose).random();
-        Ok(Batches::new(Arc::clone(&self.train), batch.row_tokens, batch.rows, seed)?)
-    }
-
-    /// The hybrid of `student` with new mixers in the layers `new`; its fits are those of `fits`, if there is such a file.
-    pub(super) fn assemble(
-        &self,
-        student: &Checkpoint,
-        new: &LayerSet,
-        init: Init,
-        fits: Option<&Path>,
-        watcher: &mut dyn Watcher,
-    ) -> Result<Model> {
-        let Config { seed, student: shape, .. } = self.setup.config;
-        let options = (init, shape.shape(), *seed);
-        let conversion = Conversion::new(self.original.config(), student.config(), new, options)?;
-        let model = student::assemble(self.setup.device, &conversion, (&self.original, student), self.setup.dtype)?;
-        if init == Init::MilFit {
-            let batches = student::fit_batches(&mut self.batches("batches of mil-fit")?, shape.fit_tokens)?;
-            let options = FitOptions { ranges: shape.fit_ranges.clone(), seed: *seed, ..FitOptions::default() };
-            let progress = |layer: &_| {
-                if fits.is_some() {
-                    watcher.hear(Event::Fitted(layer))
-                }
-            };
-            let result = fit(&model, &self.teacher, new, (&batches, &options), progress)?;
-            if let Some(path) = fits {
-                write_json(path, &result)?;
-            }
-        }
-        Ok(model)
     }
 
     /// Ranks, converts, trains, keeps and scores stage `index`, or what is left of it.
@@ -211,7 +169,7 @@ impl<'a> Distillation<'a> {
             let mamba: LayerSet = before.config().layers_of(BlockKind::Mamba).collect();
             let new = self.choose(index, &mamba, watcher)?;
             let after = mamba.iter().chain(new.iter()).collect();
-            let steps = self.setup.config.steps_of(index);
+            let steps = self.config.steps_of(index);
             watcher.hear(Event::Stage { stage: index + 1, new: &new, mamba: &after, steps });
             if self.distil(index, (&before, &new), saved, watcher)? == Outcome::Interrupted {
                 return Ok(Outcome::Interrupted);
@@ -224,17 +182,30 @@ impl<'a> Distillation<'a> {
 
     /// The layers that become Mamba in stage `index`.
     fn choose(&mut self, index: usize, mamba: &LayerSet, watcher: &mut dyn Watcher) -> Result<LayerSet> {
-        let config = self.setup.config;
+        let config = self.config;
         if let Some(text) = &config.stages[index].layers {
-            return Ok(LayerSet::parse(text, self.original.config().num_hidden_layers())?);
+            return Ok(LayerSet::parse(text, self.ground.original.config().num_hidden_layers())?);
         }
-        let count = config.counts(self.original.config())?[index] - mamba.len();
+        let count = config.counts(self.ground.original.config())?[index] - mamba.len();
         let ranking = self.ranking(index, watcher)?;
         let new = config.placement.choose(&ranking.order, mamba, count)?;
         let chosen: Vec<usize> = new.iter().collect();
         let title = format!("Stage {}: importance of each layer", index + 1);
         write_text(&self.path(format!("rankings/{}.svg", number(index))), &ranking.plot(&title, &chosen)?)?;
         Ok(new)
+    }
+
+    /// The ranking of stage `index`, on the model that it starts from: made once.
+    fn ranking(&self, index: usize, watcher: &mut dyn Watcher) -> Result<Ranking> {
+        let Some(method) = self.config.ranking_of(index) else {
+            return Err(Error::Configuration(format!("stage {}: its layers are listed", index + 1)));
+        };
+        once(&self.path(format!("rankings/{}.json", number(index))), || {
+            let student = self.before(index)?;
+            let layers = student.config().layers_of(BlockKind::Attention).count();
+            watcher.hear(Event::Ranking { stage: index + 1, method, layers });
+            self.ground.rank(method, &student, &self.path("rankings").join(number(index)), watcher)
+        })
     }
 
     /// Trains stage `index`, from where its checkpoint stands if it has one, and keeps its model.
@@ -245,7 +216,7 @@ impl<'a> Distillation<'a> {
         saved: &mut Option<Saved<SessionState>>,
         watcher: &mut dyn Watcher,
     ) -> Result<Outcome> {
-        let Setup { config, device, dtype, .. } = self.setup;
+        let (config, device, dtype) = (self.config, self.ground.device, self.ground.dtype);
         let of_stage = |saved: &mut Saved<SessionState>| {
             serde_json::from_value(saved.state.caller.clone()).is_ok_and(|caller: Caller| caller.stage == index)
         };
@@ -254,12 +225,12 @@ impl<'a> Distillation<'a> {
             Some(saved) => Checkpoint::open(&saved.folder)?.load(device, dtype)?,
             None => {
                 let fits = self.path(format!("fits/{}.json", number(index)));
-                self.assemble(before, new, config.init_of(index), Some(&fits), watcher)?
+                self.ground.assemble(before, new, config.init_of(index), Some(&fits), watcher)?
             }
         };
-        let mut batches = self.batches(&format!("batches of stage {}", index + 1))?;
+        let mut batches = self.ground.batches(&format!("batches of stage {}", index + 1))?;
         let options = config.trainer(config.trained_of(index), dtype)?;
-        let teacher = Teacher::live(Arc::clone(&self.teacher), dtype);
+        let teacher = Teacher::live(Arc::clone(&self.ground.teacher), dtype);
         let mut trainer = Trainer::new(model, Some(teacher), options, room(&batches))?;
         if let Some(Saved { folder, state, .. }) = saved {
             trainer.restore(&folder, state.progress)?;
@@ -272,14 +243,14 @@ impl<'a> Distillation<'a> {
             offset: self.offset(index),
             checkpoint_every: config.checkpoint.every,
             evaluate_every: 0,
-            tokenizer: Some(self.original.path()),
+            tokenizer: Some(self.ground.original.path()),
         };
         let (steps, tokens) = (plan.steps, self.tokens);
         let mut looker = Looker { watcher, stage: index, steps, tokens };
         let outcome = session::train(&mut self.run, &mut trainer, &mut batches, (&plan, tokens), &mut looker)?;
         self.tokens = looker.tokens;
         if outcome == Outcome::Finished {
-            let options = SaveOptions { copy_from: Some(self.original.path()), ..SaveOptions::new(dtype) };
+            let options = SaveOptions { copy_from: Some(self.ground.original.path()), ..SaveOptions::new(dtype) };
             let name = format!("stages/{}", number(index));
             self.run.publish(&name, |folder| Ok(save_model_into(folder, trainer.model(), &options)?))?;
         }
@@ -288,35 +259,39 @@ impl<'a> Distillation<'a> {
 
     /// Steps of the run before stage `index`.
     fn offset(&self, index: usize) -> u64 {
-        (0..index).map(|before| self.setup.config.steps_of(before)).sum()
+        (0..index).map(|before| self.config.steps_of(before)).sum()
     }
 
     /// The row of a model in the table: scored once.
     fn score(&self, name: &str, model: impl FnOnce() -> Result<Model>, watcher: &mut dyn Watcher) -> Result<Row> {
         once(&self.path(format!("evals/{name}.json")), || {
-            let (model, context) = (model()?, self.setup.config.evaluation.context);
-            let mut evaluator = Evaluator::new(&model, Some(&self.teacher), ranking::CALL_TOKENS)?;
+            let (model, context) = (model()?, self.config.evaluation.context);
+            let mut evaluator = Evaluator::new(&model, Some(&self.ground.teacher), CALL_TOKENS)?;
             let scores = evaluator.run(&self.held_out, None, |_| ())?;
             watcher.hear(Event::Scored { name, scores: &scores });
-            Ok(Row::new(name, model.config(), &scores, (context, self.setup.dtype, self.tokens)))
+            Ok(Row::new(name, model.config(), &scores, (context, self.ground.dtype, self.tokens)))
         })
     }
 
     fn load(&self, folder: &Path) -> Result<Model> {
-        Ok(Checkpoint::open(folder)?.load(self.setup.device, self.setup.dtype)?)
+        Ok(Checkpoint::open(folder)?.load(self.ground.device, self.ground.dtype)?)
     }
 
     /// Scores the hybrid of the last stage without any training, and writes the whole table.
     fn finish(mut self, watcher: &mut dyn Watcher) -> Result<Summary> {
-        let last = self.setup.config.stages.len() - 1;
+        let last = self.config.stages.len() - 1;
         let mamba: LayerSet = self.before(last + 1)?.config().layers_of(BlockKind::Mamba).collect();
-        let own = self.original.config().layers_of(BlockKind::Mamba).collect::<Vec<_>>();
+        let own = self.ground.original.config().layers_of(BlockKind::Mamba).collect::<Vec<_>>();
         let new: LayerSet = mamba.iter().filter(|layer| !own.contains(layer)).collect();
-        let inits = [Init::Mil, self.setup.config.init_of(last)];
+        let inits = [Init::Mil, self.config.init_of(last)];
         let tokens = std::mem::take(&mut self.tokens);
         for init in &inits[..if inits[0] == inits[1] { 1 } else { 2 }] {
             let name = untrained(*init);
-            let row = self.score(&name, || self.assemble(&self.original, &new, *init, None, &mut Deaf), watcher)?;
+            let row = self.score(
+                &name,
+                || self.ground.assemble(&self.ground.original, &new, *init, None, &mut Deaf),
+                watcher,
+            )?;
             debug_assert_eq!(row.tokens, 0);
         }
         self.tokens = tokens;
@@ -326,12 +301,12 @@ impl<'a> Distillation<'a> {
     /// Writes the table of all models that were scored so far, and the plot of the loss.
     fn report(&self) -> Result<Summary> {
         let untrained = Init::ALL.map(untrained);
-        let stages = (0..self.setup.config.stages.len()).map(stage_name);
+        let stages = (0..self.config.stages.len()).map(stage_name);
         let names = std::iter::once(TEACHER.to_owned()).chain(untrained).chain(stages);
         let paths = names.map(|name| self.path(format!("evals/{name}.json"))).filter(|path| path.exists());
         let summary = Summary {
-            context: self.setup.config.evaluation.context,
-            layers: self.original.config().num_hidden_layers(),
+            context: self.config.evaluation.context,
+            layers: self.ground.original.config().num_hidden_layers(),
             documents: self.held_out.len(),
             rows: paths.map(|path| read_json(&path)).collect::<Result<_>>()?,
         };
@@ -351,7 +326,7 @@ impl<'a> Distillation<'a> {
             |index: usize| plot::Stage { name: format!("stage {}", index + 1), start: self.offset(index) as f64 + 1.0 };
         let reached = points.iter().fold(0.0, |most: f64, (step, _)| most.max(*step));
         let stages: Vec<plot::Stage> =
-            (0..self.setup.config.stages.len()).map(stage).filter(|stage| stage.start <= reached).collect();
+            (0..self.config.stages.len()).map(stage).filter(|stage| stage.start <= reached).collect();
         let svg = plot::curves(&plot::Curves {
             title: "Distillation loss",
             x: "step",
@@ -367,7 +342,7 @@ impl<'a> Distillation<'a> {
 const TEACHER: &str = "teacher";
 
 /// The number of a stage as its files have it.
-pub(super) fn number(index: usize) -> String {
+fn number(index: usize) -> String {
     format!("{:02}", index + 1)
 }
 
@@ -377,20 +352,6 @@ fn stage_name(index: usize) -> String {
 
 fn untrained(init: Init) -> String {
     format!("{init} untrained")
-}
-
-/// Room for a batch like the first one; more is made where one has more segments.
-pub(super) fn room(batches: &Batches) -> Room {
-    let mut first = Batch::default();
-    batches.clone().next_into(&mut first);
-    Room { tokens: batches.most_tokens(), segments: first.segments.len() + first.segments.len() / 4 }
-}
-
-/// Hears nothing.
-pub(super) struct Deaf;
-
-impl Watcher for Deaf {
-    fn hear(&mut self, _event: Event<'_>) {}
 }
 
 /// The session's view of a stage.
