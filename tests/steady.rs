@@ -1,8 +1,8 @@
 //! A step in steady state: how many ops it launches is a number, and on `cpu` it makes next to no memory on the host.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use h1::backend::ops::{LossWeights, Sample, Scaling};
 use h1::backend::select::{self, Name};
@@ -189,7 +189,9 @@ fn a_training_step_launches_a_number_of_ops_that_holds() {
         let device = select::open(name, None).unwrap();
         for (recompute, expected) in [(false, 0), (true, 0)] {
             let mut trainer = trainer(&device, 12, recompute);
-            let step = |trainer: &mut Trainer| drop(trainer.step(&batch(12), 1e-3).unwrap());
+            let step = |trainer: &mut Trainer| {
+                trainer.step(&batch(12), 1e-3).unwrap();
+            };
             let first = launched(&device, || step(&mut trainer));
             let second = launched(&device, || step(&mut trainer));
             assert_eq!([first, second], [expected; 2], "{name}, recompute {recompute}");
@@ -205,13 +207,16 @@ fn a_steady_step_on_the_cpu_makes_no_memory_that_grows_with_its_sizes() {
     let mut counts = Vec::new();
     for tokens in [64, 256] {
         let mut decoder = Decoder::new(&model, tokens, 2);
-        let (ids, both, last) = (vec![5; tokens], segments(2, tokens / 2, 0), [tokens as u32 / 2 - 1, tokens as u32 - 1]);
+        let (ids, both, last) =
+            (vec![5; tokens], segments(2, tokens / 2, 0), [tokens as u32 / 2 - 1, tokens as u32 - 1]);
         let prefill = made(|| decoder.step(&ids, &both, &last));
         let one = segments(2, 1, tokens / 2);
         let decode = made(|| decoder.step(&[6; 2], &one, &[0, 1]));
         let mut trainer = trainer(&device, tokens, false);
         let batch = batch(tokens);
-        let train = made(|| drop(trainer.step(&batch, 1e-3).unwrap()));
+        let train = made(|| {
+            trainer.step(&batch, 1e-3).unwrap();
+        });
         println!("{tokens} tokens: prefill {prefill:?}, decode {decode:?}, training step {train:?} (calls, bytes)");
         counts.push([prefill, decode, train]);
     }

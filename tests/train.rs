@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use h1::backend::ops::{LossWeights, Scaling};
 use h1::backend::reference::Reference;
-use h1::backend::{DType, Device};
+use h1::backend::{DType, Device, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
 use h1::model::head::LossKind;
@@ -22,7 +22,7 @@ use serde_json::Value;
 const ROOM: Room = Room { tokens: 32, segments: 2 };
 
 fn devices() -> Vec<Device> {
-    vec![Device::new(Reference::new())]
+    vec![Device::new(Reference::new()), cpu::device(None).unwrap()]
 }
 
 fn goldens() -> PathBuf {

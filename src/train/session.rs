@@ -104,20 +104,23 @@ pub fn train(
     if dtype_of(trainer.model()) == DType::F64 {
         return Err(Error::Configuration("a run of training cannot keep f64 weights; train with --dtype f32".into()));
     }
-    let mut stretch = Stretch { run, plan, observer, tokens, clock: Instant::now() };
+    let mut stretch = Stretch { run, plan, observer, tokens };
+    let mut seconds = 0.0;
     let mut micro_batches = vec![Batch::default(); plan.accumulate.max(1)];
     while trainer.progress().step < plan.steps {
+        let clock = Instant::now();
         micro_batches.iter_mut().for_each(|batch| batches.next_into(batch));
         let step = trainer.progress().step + 1;
         let before = trainer.step(&micro_batches, plan.schedule.rate(step))?;
-        stretch.record(before)?;
+        stretch.record(before, seconds)?;
+        seconds = clock.elapsed().as_secs_f64();
         let last = step == plan.steps;
         let due = |every: u64| last || (every > 0 && step.is_multiple_of(every));
         let interrupted = stretch.observer.interrupted();
         let (evaluate, checkpoint) = (due(plan.evaluate_every), due(plan.checkpoint_every) || interrupted);
         if evaluate || checkpoint {
             let report = trainer.finish()?;
-            stretch.record(report)?;
+            stretch.record(report, clock.elapsed().as_secs_f64())?;
         }
         if evaluate {
             stretch.evaluate(trainer)?;
@@ -137,15 +140,12 @@ struct Stretch<'a> {
     plan: &'a Plan<'a>,
     observer: &'a mut dyn Observer,
     tokens: u64,
-    clock: Instant,
 }
 
 impl Stretch<'_> {
-    fn record(&mut self, report: Option<StepReport>) -> Result<()> {
+    fn record(&mut self, report: Option<StepReport>, seconds: f64) -> Result<()> {
         let Some(report) = report else { return Ok(()) };
         self.tokens += report.tokens as u64;
-        let seconds = self.clock.elapsed().as_secs_f64();
-        self.clock = Instant::now();
         let [reverse_kl, forward_kl, cross_entropy] = report.losses;
         let mut line = self.observer.label();
         line.extend([
@@ -173,7 +173,6 @@ impl Stretch<'_> {
             line.insert("evaluation".into(), Value::Object(scores));
             self.run.metrics().write(self.plan.offset + trainer.progress().step, &line)?;
         }
-        self.clock = Instant::now();
         Ok(())
     }
 
@@ -186,8 +185,6 @@ impl Stretch<'_> {
             caller: self.observer.state(),
         };
         let step = self.plan.offset + trainer.progress().step;
-        self.run.save(step, &state, |folder| trainer.save_into(folder, self.plan.tokenizer))?;
-        self.clock = Instant::now();
-        Ok(())
+        self.run.save(step, &state, |folder| trainer.save_into(folder, self.plan.tokenizer))
     }
 }
