@@ -59,9 +59,8 @@ impl DeviceArguments {
 /// what should hold it is no folder. Folders above it that are not there yet are made later.
 pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
     ensure!(!path.exists(), "{} already exists", path.display());
-    match path.ancestors().skip(1).find(|above| above.exists()) {
-        Some(above) => ensure!(above.is_dir(), "{} is not a folder", above.display()),
-        None => {}
+    if let Some(above) = path.ancestors().skip(1).find(|above| above.exists()) {
+        ensure!(above.is_dir(), "{} is not a folder", above.display())
     }
     Ok(())
 }
@@ -69,9 +68,8 @@ pub(super) fn refuse_existing(path: &Path) -> anyhow::Result<()> {
 /// As [`refuse_existing`] for a file, whose folder must be there.
 pub(super) fn refuse_existing_file(path: &Path) -> anyhow::Result<()> {
     refuse_existing(path)?;
-    match path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        Some(parent) => ensure!(parent.is_dir(), "{} is not a folder", parent.display()),
-        None => {}
+    if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        ensure!(parent.is_dir(), "{} is not a folder", parent.display())
     }
     Ok(())
 }
