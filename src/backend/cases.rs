@@ -1,7 +1,7 @@
 //! One list of cases that holds every backend to the reference: each op, forward and backward, at random sizes with the
 //! awkward ones in. A new op or variant is a line here; a new backend runs them all.
 //!
-//! For each case (see [`Trial::run`]) outputs are poisoned first and lie inside wider buffers, inputs are surrounded by NaN,
+//! For each case (see `Trial::run`) outputs are poisoned first and lie inside wider buffers, inputs are surrounded by NaN,
 //! the device runs it twice, and every output is compared with that of the reference, which computes in f64.
 
 mod dense;

@@ -1,7 +1,7 @@
 //! Causal grouped-query attention with an online softmax (Milakov and Gimelshein, arXiv:1805.02867; in tiles: Dao et al.,
 //! arXiv:2205.14135), forward.
 //!
-//! The keys of a sequence are cut into tiles at multiples of [`TILE`] positions. For each query and head, tile after tile:
+//! The keys of a sequence are cut into tiles at multiples of `TILE` positions. For each query and head, tile after tile:
 //! `m' = max(m, max_j s_j)`, `p_j = exp(s_j − m')`, `a = exp(m − m')`, `l ← a·l + Σ_j p_j`, `o ← a·o + Σ_j p_j v_j`; then
 //! `out = o / l` and `lse = m + ln l`. Scores are chains over the head, `o` is a chain over the keys that the query sees, and
 //! maximum and sum of a tile have one shape, in which a key that is not seen counts as −∞ and as 0. A tile of which a query

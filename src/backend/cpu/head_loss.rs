@@ -2,7 +2,7 @@
 //!
 //! With the scaled logits s, t of student and teacher, p = softmax(s), q = softmax(t), lse the log of the sum of exponentials:
 //! KL(p ‖ q) = Σ p (s − t) − lse s + lse t, its gradient p ((s − t) − lse s + lse t − KL); that of KL(q ‖ p) is p − q, that of
-//! −ln p[label] is p − onehot(label). Sums go in blocks to f64, in an order that the vocabulary alone fixes.
+//! `−ln p[label]` is p − onehot(label). Sums go in blocks to f64, in an order that the vocabulary alone fixes.
 
 use super::lines::{Sum, load, store};
 use super::math::{exp, ln};

@@ -51,12 +51,12 @@ pub struct LossWeights {
     pub reverse_kl: f32,
     /// KL(teacher ‖ student) = Σ q (ln q − ln p).
     pub forward_kl: f32,
-    /// −ln p[label].
+    /// `−ln p[label]`.
     pub cross_entropy: f32,
 }
 
 /// Columns of the row statistics. With zs, zt the scaled logits of a row: 0 max zs, 1 Σ exp(zs − max zs), 2 max zt,
-/// 3 Σ exp(zt − max zt), 4 Σ exp(zs − max zs)(zs − zt), 5 Σ exp(zt − max zt)(zt − zs), 6 zs[label] (0 where the label
+/// 3 Σ exp(zt − max zt), 4 Σ exp(zs − max zs)(zs − zt), 5 Σ exp(zt − max zt)(zt − zs), 6 `zs[label]` (0 where the label
 /// lies in another part). Without a teacher 2 to 5 are 0.
 /// Two parts of a split vocabulary merge by rescaling to the larger maximum and adding.
 pub const STATISTICS: usize = 7;
