@@ -52,7 +52,7 @@ pub struct Target {
 /// Cuts `range` into the fewest parts of at most `most`, of sizes that differ by one at most.
 #[inline(always)]
 pub fn even_parts(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let parts = range.len().div_ceil(most);
+    let parts = range.len().div_ceil(most.max(1));
     (0..parts).map(move |i| range.start + i * range.len() / parts..range.start + (i + 1) * range.len() / parts)
 }
 
