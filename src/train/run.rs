@@ -81,7 +81,6 @@ impl Run {
         fs::create_dir_all(&checkpoints).map_err(Error::io("create", &checkpoints))?;
         let lock = lock(folder)?;
         sweep(folder)?;
-        sweep(&checkpoints)?;
         let path = folder.join(CONFIG);
         let begun = !steps(&checkpoints)?.is_empty()
             || fs::metadata(folder.join(METRICS)).is_ok_and(|metrics| metrics.len() > 0);
@@ -212,13 +211,15 @@ fn steps(checkpoints: &Path) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-/// Removes what a killed process left half-written or half-removed.
+/// Removes what a killed process left half-written or half-removed, here and in the folders below.
 fn sweep(folder: &Path) -> Result<()> {
     for name in names(folder)? {
         let path = folder.join(&name);
         if name.starts_with('.') && (name.contains(".partial-") || name.ends_with(".removed")) {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             removed.map_err(Error::io("remove", &path))?;
+        } else if path.is_dir() && !path.is_symlink() {
+            sweep(&path)?;
         }
     }
     Ok(())
