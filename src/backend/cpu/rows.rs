@@ -248,7 +248,7 @@ mod tests {
             page_write(rows.view(), &segments, pages, page_size, &RowsMut::dense(&mut narrow, pool_rows, width));
             for (narrow, expected) in narrow.iter().zip(&expected) {
                 let untouched = *expected == -7.0 && *narrow == bf16::ONE;
-                prop_assert!(untouched || *narrow == bf16::from_f64(*expected));
+                prop_assert!(untouched || *narrow == bf16::from_f32(*expected as f32));
             }
         }
     }
