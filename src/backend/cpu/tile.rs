@@ -97,6 +97,9 @@ impl<T: Element> Kernel for Tile<T> {
             } else {
                 of_rows!(self, 1, 1 2 3 4 5 6 7 8 9 10 11 12)
             }
+        } else if vectors > 1 && self.rows <= 2 {
+            // Few rows wait for the memory of the weight: better read from end to end.
+            of_rows!(self, 2, 1 2)
         } else {
             for rows in even_parts(0..self.rows, TILE_ROWS / 2) {
                 for vector in 0..vectors {
