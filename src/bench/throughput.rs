@@ -58,6 +58,10 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
     }
     let config = model.config();
     let vocabulary = config.vocab_size as u32;
+    let context = prompt.saturating_add(new_tokens);
+    let call = call.min(batch.saturating_mul(prompt));
+    model.device().take_peak_bytes();
+    let mut generator = Generator::new(model, Sizes { sequences: batch, context, call })?;
     let requests: Vec<Request> = (0..batch)
         .map(|index| Request {
             prompt: (0..prompt).map(|at| (7 * at as u32 + 13 * index as u32 + 5) % vocabulary).collect(),
@@ -66,10 +70,6 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
             seed: 0,
         })
         .collect();
-    let context = prompt.saturating_add(new_tokens);
-    let call = call.min(batch.saturating_mul(prompt));
-    model.device().take_peak_bytes();
-    let mut generator = Generator::new(model, Sizes { sequences: batch, context, call })?;
     let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..repeats {
         let run = timed(&mut generator, &requests)?;

@@ -53,7 +53,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value = "100")]
     steps: NonZeroU64,
     /// Highest learning rate of mmr.
-    #[arg(long, value_name = "RATE", default_value_t = 5e-5)]
+    #[arg(long, value_name = "RATE", default_value_t = 5e-5, allow_negative_numbers = true)]
     learning_rate: f64,
     /// Tokens of a row of mmr's batches.
     #[arg(long, value_name = "N", default_value = "2048")]
@@ -92,6 +92,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let documents = Documents::tokenise(&read_records(&arguments.data)?, &tokenizer, loss)?;
     let config = config(&arguments);
     config.check()?;
+    config.student.check(original.config(), student.config())?;
 
     let device = arguments.device.open()?;
     let settings = json!({

@@ -10,7 +10,7 @@ use super::{Error, Result};
 use crate::backend::DType;
 use crate::backend::ops::{LossWeights, Scaling, Temperature};
 use crate::checkpoint;
-use crate::hybrid::{DT_RANGES, Init, LayerSet, MixerShape};
+use crate::hybrid::{Conversion, DT_RANGES, Init, LayerSet, MixerShape};
 use crate::model::LossKind;
 use crate::model::config::{BlockKind, ModelConfig};
 use crate::train::config::{BatchConfig, CheckpointConfig, DataConfig, OptimizerConfig, ScheduleConfig};
@@ -106,6 +106,16 @@ impl StudentConfig {
     /// The sizes.
     pub fn shape(&self) -> MixerShape {
         MixerShape { d_state: self.d_state, dt_rank: self.dt_rank, d_conv: self.d_conv }
+    }
+
+    /// Looks whether attention layers of `student` can become mixers of these sizes.
+    ///
+    /// # Errors
+    /// When they cannot: the first one shows it.
+    pub fn check(&self, teacher: &ModelConfig, student: &ModelConfig) -> Result<()> {
+        let first = student.layers_of(BlockKind::Attention).take(1).collect();
+        Conversion::new(teacher, student, &first, (self.init, self.shape(), 0))?;
+        Ok(())
     }
 }
 

@@ -115,7 +115,7 @@ impl<'a> Distillation<'a> {
         };
         let original = Checkpoint::open(&path)?;
         config.counts(original.config())?;
-        let (run, saved) = Run::open(setup.folder, setup.text, setup.resume, config.checkpoint.keep)?;
+        config.student.check(original.config(), original.config())?;
         let tokenizer = Tokenizer::from_folder(&path)?;
         let mut data = data.load(base, &tokenizer)?;
         if data.test.is_empty() {
@@ -124,6 +124,7 @@ impl<'a> Distillation<'a> {
         if let Some(most) = config.evaluation.documents {
             data.test = ground::first(&data.test, |documents| documents.len() >= most);
         }
+        let (run, saved) = Run::open(setup.folder, setup.text, setup.resume, config.checkpoint.keep)?;
         let now = DeviceFile {
             backend: device.info().name.to_owned(),
             dtype: dtype.to_string(),

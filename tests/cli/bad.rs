@@ -218,6 +218,74 @@ fn train_refuses_bad_input() {
     ]);
 }
 
+#[test]
+fn distill_refuses_bad_input() {
+    refused(&[
+        ("distill nowhere.toml --out run", 1, "cannot read nowhere.toml: No such file"),
+        ("distill file --out run", 1, "file:1: "),
+        ("distill distill.toml --out file", 1, "file: Not a directory"),
+        ("distill distill.toml --out hybrid", 1, "hybrid is not empty and holds no run"),
+        ("distill distill.toml --out run --backend cuda", 1, "backend cuda: "),
+        ("distill distill.toml --out run --set stages=[]", 1, "stages: expected at least one"),
+        ("distill distill.toml --out run --set stages=[{mamba=9,tokens=1}]", 1, "stage 1: 9 Mamba layers"),
+        ("distill distill.toml --out run --set stages=[{mamba=0,tokens=1}]", 1, "stage 1: 0 Mamba layers"),
+        ("distill distill.toml --out run --set stages=[{mamba=1,steps=1}]", 1, "unknown key `steps`"),
+        ("distill distill.toml --out run --set teacher.path=nowhere", 1, "nowhere: no such folder"),
+        ("distill distill.toml --out run --set teacher.path=cut", 1, "cut/model.safetensors: "),
+        ("distill distill.toml --out run --set teacher.pth=teacher", 1, "did you mean `path`?"),
+        ("distill distill.toml --out run --set loss.temperature=0", 1, "loss.temperature: expected a number above 0"),
+        ("distill distill.toml --out run --set loss.reverse_kl=0", 1, "loss: expected a weight above 0"),
+        ("distill distill.toml --out run --set student.d_state=7", 1, "d_state (7)"),
+        ("distill distill.toml --out run --set student.init=magic", 1, "unknown variant `magic`"),
+        ("distill distill.toml --out run --set optimizer.learning_rate=nan", 1, "optimizer.learning_rate is NaN"),
+        ("distill distill.toml --out run --set importance.mmr.steps=0", 1, "importance.mmr.steps: expected at least 1"),
+        ("distill distill.toml --out run --set batch.rows=0", 1, "batch.rows: expected at least 1"),
+        ("distill distill.toml --out run --set data.train=[\"bad.jsonl\"]", 1, "bad.jsonl:2: "),
+        ("distill distill.toml --plan --set teacher.path=nowhere", 1, "nowhere: no such folder"),
+        ("distill", 2, "<CONFIG>"),
+    ]);
+}
+
+#[test]
+fn importance_refuses_bad_input() {
+    refuses_broken_models("importance $ --method loo --data good.jsonl --out out");
+    refused(&[
+        ("importance hybrid --method guess --data good.jsonl", 2, "unknown method 'guess'"),
+        ("importance mute --method loo --data good.jsonl --out out", 1, "mute: no tokenizer.json"),
+        ("importance hybrid --method loo --data nowhere.jsonl --out out", 1, "nowhere.jsonl: No such file"),
+        ("importance hybrid --method loo --data bad.jsonl --out out", 1, "bad.jsonl:2: "),
+        ("importance hybrid --method loo --data good.jsonl --out file", 1, "file already exists"),
+        ("importance hybrid --method loo --data good.jsonl --out out --backend cuda", 1, "backend cuda: "),
+        ("importance hybrid --method loo --data good.jsonl --out out --teacher nowhere", 1, "nowhere: no such folder"),
+        ("importance teacher --method mmr --data good.jsonl --out out --learning-rate nan", 1, "learning_rate is NaN"),
+        ("importance teacher --method mmr --data good.jsonl --out out --learning-rate -1", 1, "learning_rate is -1"),
+        ("importance teacher --method mmr --data good.jsonl --out out --d-state 7", 1, "d_state (7)"),
+        ("importance teacher --method mmr --data good.jsonl --out out --steps 0", 2, "--steps"),
+        ("importance teacher --method loo --data good.jsonl --out out --tokens 0", 2, "--tokens"),
+        ("importance teacher --method loo", 2, "--data <FILE>"),
+    ]);
+}
+
+#[test]
+fn bench_and_doctor_refuse_bad_input() {
+    refuses_broken_models("bench throughput $");
+    refused(&[
+        ("bench train --shape huge", 2, "unknown shape 'huge'"),
+        ("bench train --shape arithmetic --mamba 99", 1, "there is no layer 99"),
+        ("bench train --tokens 0", 2, "--tokens"),
+        ("bench train --shape arithmetic --tokens 99999999999999", 1, "no memory for"),
+        ("bench train --steps 0", 2, "--steps"),
+        ("bench throughput hybrid --shape arithmetic", 2, "cannot be used with"),
+        ("bench throughput --shape arithmetic --batch 0", 2, "--batch"),
+        ("bench throughput --shape arithmetic --batch 999999999", 1, "no memory for"),
+        ("bench kernels --shape arithmetic --tokens 18446744073709551615", 1, "too large"),
+        ("bench kernels --backend cuda", 1, "backend cuda: "),
+        ("bench kernels --budget -1", 2, "-1"),
+        ("doctor --threads 0", 2, "--threads"),
+        ("doctor --fast", 2, "--fast"),
+    ]);
+}
+
 /// A disk that takes no more: files may not grow past a block.
 #[cfg(unix)]
 #[test]

@@ -46,6 +46,21 @@ rows = 1
 steps = 1
 ";
 
+/// A distillation of the model that is there.
+const DISTILL: &str = "
+[teacher]
+path = 'teacher'
+[data]
+train = ['good.jsonl']
+held_out = 0.5
+[batch]
+row_tokens = 64
+rows = 1
+[[stages]]
+mamba = 1
+tokens = 64
+";
+
 /// Where the golden numbers lie.
 pub fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
@@ -91,6 +106,7 @@ impl World {
         world.write("good.jsonl", lines.map(|line| format!("{line}\n")).concat().as_bytes());
         world.write("train.toml", TRAIN.as_bytes());
         world.write("further.toml", FURTHER.as_bytes());
+        world.write("distill.toml", DISTILL.as_bytes());
         world.write("long.txt", text(&(4..320).collect::<Vec<_>>()).as_bytes());
         world.ids("ids.safetensors", "input_ids", &[2, 5], &[4, 5, 6, 7, 8, 319, 318, 317, 316, 315]);
         world
