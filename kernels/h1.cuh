@@ -1,0 +1,83 @@
+// What every kernel shares: storage types whose values are loaded and stored as f32, views, sums over a warp and a block.
+//
+// A kernel gets its storage types by macros (T_X, T_OUT, …: float, bf16 or f16), and computes in f32. Sums have an order
+// that the sizes alone fix.
+#pragma once
+
+#ifndef __CUDACC__
+#include "emulate.h"
+#endif
+#include "ptx.cuh"
+
+#define WARP 32
+#define WHOLE_WARP 0xffffffffu
+
+struct bf16 {
+    unsigned short bits;
+};
+
+struct f16 {
+    unsigned short bits;
+};
+
+// Rows of values, `stride` values from one to the next.
+template <class T>
+struct Rows {
+    T* data;
+    long long stride;
+
+    H1_DEVICE T* row(long long r) const { return data + r * stride; }
+};
+
+H1_DEVICE float load(const float* from) { return *from; }
+H1_DEVICE float load(const bf16* from) { return __uint_as_float(static_cast<unsigned>(from->bits) << 16); }
+H1_DEVICE float load(const f16* from) { return f16_value(from->bits); }
+
+H1_DEVICE void store(float* to, float value) { *to = value; }
+H1_DEVICE void store(bf16* to, float value) { to->bits = bf16_bits(value); }
+H1_DEVICE void store(f16* to, float value) { to->bits = f16_bits(value); }
+
+// Replaces what is there, or adds to it.
+template <class T>
+H1_DEVICE void put(T* to, float value, bool add) {
+    store(to, add ? load(to) + value : value);
+}
+
+H1_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+H1_DEVICE float silu(float x) { return x * sigmoid(x); }
+
+// The sum over a warp, in every lane.
+H1_DEVICE float warp_sum(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(WHOLE_WARP, value, offset);
+    return value;
+}
+
+// The largest of a warp, in every lane.
+H1_DEVICE float warp_max(float value) {
+    for (int offset = WARP / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(WHOLE_WARP, value, offset));
+    return value;
+}
+
+// The sum over a block of whole warps, in every thread; `shared` has room for 32 values.
+H1_DEVICE float block_sum(float value, float* shared) {
+    value = warp_sum(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = value;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? shared[threadIdx.x % WARP] : 0.0f);
+}
+
+// The largest of a block of whole warps, in every thread; `shared` has room for 32 values.
+H1_DEVICE float block_max(float value, float* shared) {
+    value = warp_max(value);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = value;
+    __syncthreads();
+    return warp_max(threadIdx.x % WARP < blockDim.x / WARP ? shared[threadIdx.x % WARP] : -INFINITY);
+}
+
+// All values of `rows × cols`, over the whole grid: blocks along x take rows, those along y columns.
+#define EACH(row, col, rows, cols)                                       \
+    for (long long row = blockIdx.x; row < (rows); row += gridDim.x)     \
+        for (long long col = blockIdx.y * (long long)blockDim.x + threadIdx.x; col < (cols); \
+             col += gridDim.y * (long long)blockDim.x)
