@@ -4,7 +4,12 @@
 // that the sizes alone fix.
 #pragma once
 
-#ifndef __CUDACC__
+#ifdef __CUDACC__
+// For the emulator: a kernel that it can launch. And a block's dynamic shared memory, as bytes.
+#define INFINITY __int_as_float(0x7f800000)
+#define H1_EXPORT(kernel)
+#define H1_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#else
 #include "emulate.h"
 #endif
 #include "ptx.cuh"
