@@ -8,7 +8,7 @@
 // For the emulator: a kernel that it can launch. And a block's dynamic shared memory, as bytes.
 #define INFINITY __int_as_float(0x7f800000)
 #define H1_EXPORT(kernel)
-#define H1_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define H1_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #else
 #include "emulate.h"
 #endif
@@ -16,6 +16,8 @@
 
 #define WARP 32
 #define WHOLE_WARP 0xffffffffu
+#define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fffffff)
 
 struct bf16 {
     unsigned short bits;
@@ -78,7 +80,7 @@ H1_DEVICE float block_max(float value, float* shared) {
     __syncthreads();
     if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = value;
     __syncthreads();
-    return warp_max(threadIdx.x % WARP < blockDim.x / WARP ? shared[threadIdx.x % WARP] : -INFINITY);
+    return warp_max(threadIdx.x % WARP < blockDim.x / WARP ? shared[threadIdx.x % WARP] : -INFINITE);
 }
 
 // All values of `rows × cols`, over the whole grid: blocks along x take rows, those along y columns.
@@ -86,3 +88,10 @@ H1_DEVICE float block_max(float value, float* shared) {
     for (long long row = blockIdx.x; row < (rows); row += gridDim.x)     \
         for (long long col = blockIdx.y * (long long)blockDim.x + threadIdx.x; col < (cols); \
              col += gridDim.y * (long long)blockDim.x)
+
+// A segment as the device holds it. One that does not lie in `tokens` rows counts as empty.
+struct Segment {
+    unsigned start, len, past, slot, keys;
+
+    H1_DEVICE bool lies_in(long long tokens) const { return (long long)start + len <= tokens; }
+};

@@ -21,6 +21,19 @@ macro_rules! sources {
 sources! {
     H1: "h1.cuh";
     PTX: "ptx.cuh";
+    EMBED: "embed.cu";
+    RMS_NORM: "rms_norm.cu";
+    COLUMNS: "columns.cu";
+    GEMV: "gemv.cu";
+    SWIGLU: "swiglu.cu";
+    ROPE: "rope.cu";
+    PAGE_WRITE: "page_write.cu";
+    NEG_EXP: "neg_exp.cu";
+    HEAD_LOSS: "head_loss.cu";
+    CHOOSE: "choose.cu";
+    ROWS: "rows.cu";
+    MEMORY: "memory.cu";
+    OPTIMISER: "optimiser.cu";
 }
 
 /// What every kernel may include.
@@ -35,26 +48,35 @@ pub enum Value {
     Type(&'static str),
 }
 
-/// A kernel: a file, the `extern "C"` function in it, and the macros that it is compiled with.
+/// What is compiled at once: a file, and the macros that it is compiled with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ModuleKey {
+    /// The file's name.
+    pub file: &'static str,
+    text: &'static str,
+    defines: Vec<(&'static str, Value)>,
+}
+
+/// A kernel: an `extern "C"` function of a module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct KernelKey {
-    source: &'static str,
-    text: &'static str,
+    /// Where it is.
+    pub module: ModuleKey,
     /// The function.
     pub entry: &'static str,
-    /// The macros, in the order in which they are given.
-    pub defines: Vec<(&'static str, Value)>,
 }
 
 impl KernelKey {
     /// The kernel `entry` of a file.
     pub fn new(source: &'static Source, entry: &'static str, defines: &[(&'static str, Value)]) -> Self {
-        KernelKey { source: source.name, text: source.text, entry, defines: defines.to_vec() }
+        KernelKey { module: ModuleKey::new(source, defines), entry }
     }
+}
 
-    /// The file's name.
-    pub fn file(&self) -> &'static str {
-        self.source
+impl ModuleKey {
+    /// A file compiled with macros.
+    pub fn new(source: &'static Source, defines: &[(&'static str, Value)]) -> Self {
+        ModuleKey { file: source.name, text: source.text, defines: defines.to_vec() }
     }
 
     /// What a compiler is given: the macros, then the file. Headers are found by name.
@@ -62,23 +84,26 @@ impl KernelKey {
         let mut text = String::with_capacity(self.text.len() + 256);
         for (name, value) in &self.defines {
             // Writing to a string cannot fail.
-            let _ = match value {
-                Value::Number(number) => writeln!(text, "#define {name} {number}"),
-                Value::Type(of) => writeln!(text, "#define {name} {of}"),
-            };
+            let _ = writeln!(text, "#define {name} {value}");
         }
-        let _ = writeln!(text, "#line 1 \"{}\"", self.source);
+        let _ = writeln!(text, "#line 1 \"{}\"", self.file);
         text.push_str(self.text);
         text
     }
 }
 
-impl std::fmt::Display for KernelKey {
+impl std::fmt::Display for Value {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.source, self.entry)?;
-        self.defines.iter().try_for_each(|(name, value)| match value {
-            Value::Number(number) => write!(f, " {name}={number}"),
-            Value::Type(of) => write!(f, " {name}={of}"),
-        })
+        match self {
+            Value::Number(number) => number.fmt(f),
+            Value::Type(of) => of.fmt(f),
+        }
+    }
+}
+
+impl std::fmt::Display for ModuleKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.file)?;
+        self.defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
     }
 }
