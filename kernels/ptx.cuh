@@ -41,3 +41,14 @@ H1_DEVICE float f16_value(unsigned short bits) {
     return static_cast<float>(std::bit_cast<_Float16>(bits));
 #endif
 }
+
+// 2^x, to 2 units in the last place; results below 2^−126 are 0.
+H1_DEVICE float exp2_fast(float x) {
+#ifdef __CUDACC__
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+#else
+    return std::exp2(x);
+#endif
+}

@@ -21,6 +21,10 @@ macro_rules! sources {
 sources! {
     H1: "h1.cuh";
     PTX: "ptx.cuh";
+    ROWS_OF: "rows_of.cuh";
+    CONV: "conv1d.cuh";
+    SCAN: "scan.cuh";
+    KEYS: "attention.cuh";
     EMBED: "embed.cu";
     RMS_NORM: "rms_norm.cu";
     COLUMNS: "columns.cu";
@@ -34,10 +38,17 @@ sources! {
     ROWS: "rows.cu";
     MEMORY: "memory.cu";
     OPTIMISER: "optimiser.cu";
+    CONV1D: "conv1d.cu";
+    CONV1D_BACKWARD: "conv1d_backward.cu";
+    SELECTIVE_SCAN: "selective_scan.cu";
+    SELECTIVE_SCAN_BACKWARD: "selective_scan_backward.cu";
+    SCAN_SUMS: "scan_sums.cu";
+    ATTENTION: "attention.cu";
+    ATTENTION_BACKWARD: "attention_backward.cu";
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 2] = [&H1, &PTX];
+pub static HEADERS: [&Source; 6] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
