@@ -7,8 +7,8 @@ struct alignas(sizeof(T) * VECTOR) Pack {
     T values[VECTOR];
 };
 
-extern "C" __global__ void gemv(const T_X* x, const T_W* weight, const T_B* bias, T_OUT* out, int add, long long outputs,
-                                long long inputs) {
+extern "C" __global__ void gemv(const T_X* x, const T_W* weight, const void* bias, int bias_type,
+                                T_OUT* out, int add, long long outputs, long long inputs) {
     long long n = blockIdx.x * (long long)(blockDim.x / WARP) + threadIdx.x / WARP;
     if (n >= outputs) return;
     const T_W* row = weight + n * inputs;
@@ -20,5 +20,5 @@ extern "C" __global__ void gemv(const T_X* x, const T_W* weight, const T_B* bias
         for (int i = 0; i < VECTOR; ++i) sum += load(v.values + i) * load(w.values + i);
     }
     sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) put(out + n, sum + (bias ? load(bias + n) : 0.0f), add);
+    if (threadIdx.x % WARP == 0) put(out + n, sum + (bias ? load_as(bias, bias_type, n) : 0.0f), add);
 }

@@ -44,6 +44,14 @@ H1_DEVICE void store(float* to, float value) { *to = value; }
 H1_DEVICE void store(bf16* to, float value) { to->bits = bf16_bits(value); }
 H1_DEVICE void store(f16* to, float value) { to->bits = f16_bits(value); }
 
+// A value of a type that is known at run time alone.
+enum { TYPE_F32, TYPE_BF16, TYPE_F16 };
+H1_DEVICE float load_as(const void* from, int type, long long index) {
+    if (type == TYPE_F32) return static_cast<const float*>(from)[index];
+    unsigned short bits = static_cast<const unsigned short*>(from)[index];
+    return type == TYPE_BF16 ? __uint_as_float(static_cast<unsigned>(bits) << 16) : f16_value(bits);
+}
+
 // Replaces what is there, or adds to it.
 template <class T>
 H1_DEVICE void put(T* to, float value, bool add) {

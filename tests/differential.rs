@@ -1,8 +1,10 @@
 //! Every backend against the reference: one list of op cases ([`h1::backend::cases`]), and the laws of a device.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use h1::backend::cpu::{self, simd::Simd};
+use h1::backend::cuda::{self, emulated};
 use h1::backend::ops::{Linear, RmsNorm, Swiglu};
 use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference};
 
@@ -75,7 +77,29 @@ fn memory_that_is_not_there_is_an_error(device: &Device) {
     assert!(segments.write(device, &Segments::documents([3, 3]).unwrap()).is_err());
 }
 
-/// The suite of a backend: a line a backend.
+/// The card of this machine. Where there is none the tests on it say so and pass, unless `H1_REQUIRE_CUDA` is set.
+fn card() -> Option<Device> {
+    match cuda::device() {
+        Ok(device) => Some(device),
+        Err(why) if std::env::var_os("H1_REQUIRE_CUDA").is_none() => {
+            println!("skipped: {why}");
+            None
+        }
+        Err(why) => panic!("{why}"),
+    }
+}
+
+/// The kernels of the CUDA backend on the CPU, the threads of a block in one of several orders.
+fn emulated_card(order: u32) -> Device {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    let sanitize = std::env::var_os(SANITIZE).is_some();
+    emulated::device(emulated::Emulation { folder, order, sanitize }).unwrap()
+}
+
+/// Set in a process that was started with the sanitizers' libraries.
+const SANITIZE: &str = "H1_EMULATE_SANITIZED";
+
+/// The suite of a backend: a line a backend, with a device where there is one.
 macro_rules! differential {
     ($($backend:ident: $open:expr;)*) => {$(
         mod $backend {
@@ -93,14 +117,18 @@ macro_rules! differential {
     (@laws $open:expr; $($law:ident)*) => {$(
         #[test]
         fn $law() {
-            super::$law(&$open);
+            if let Some(device) = $open {
+                super::$law(&device);
+            }
         }
     )*};
 }
 
 differential! {
-    on_reference: Device::new(Reference::new());
-    on_cpu: cpu::device(NonZeroUsize::new(2)).unwrap();
+    on_reference: Some(Device::new(Reference::new()));
+    on_cpu: Some(cpu::device(NonZeroUsize::new(2)).unwrap());
+    on_cuda: card();
+    on_cuda_emulated: Some(emulated_card(0));
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn check(status: cublasStatus_t) -> Result<(), String> {
 /// Whether the library is there.
 pub fn present() -> Result<(), String> {
     // SAFETY: looks for the library.
-    let found = libraries::preload_unless("libcublasLt.so", || unsafe { sys::is_culib_present() });
+    let found = libraries::preload_unless(&["libcublasLt.so"], || unsafe { sys::is_culib_present() });
     found.ok_or("cuBLASLt, the library of CUDA's toolkit for products (libcublasLt.so), was not found".into())
 }
 
@@ -229,7 +229,9 @@ impl Drop for Plan {
         // SAFETY: descriptors of the library, made for this plan, or null.
         unsafe {
             sys::cublasLtMatmulDescDestroy(self.operation);
-            [self.a, self.b, self.out].map(|layout| sys::cublasLtMatrixLayoutDestroy(layout));
+            for layout in [self.a, self.b, self.out] {
+                sys::cublasLtMatrixLayoutDestroy(layout);
+            }
         }
     }
 }

@@ -108,6 +108,15 @@ pub(super) fn type_name(dtype: DType) -> &'static str {
     }
 }
 
+/// The kernels' number of a dtype that they know at run time alone.
+pub(super) fn type_number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 | DType::F64 | DType::U32 => 0,
+        DType::Bf16 => 1,
+        DType::F16 => 2,
+    }
+}
+
 /// The segments of a call: the table `[capacity, SEGMENT_FIELDS]` without gaps, and the rows' positions.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SegmentsPlace {

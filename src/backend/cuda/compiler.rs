@@ -14,7 +14,7 @@ const FLAGS: [&str; 2] = ["--std=c++17", "-default-device"];
 /// # Errors
 /// When there is no compiler.
 pub fn version() -> Result<(u32, u32), String> {
-    libraries::preload_unless("libnvrtc.so", || {
+    libraries::preload_unless(&["libnvrtc-builtins.so", "libnvrtc.so"], || {
         // SAFETY: looks for the library.
         unsafe { sys::is_culib_present() }
     })

@@ -4,7 +4,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
@@ -72,36 +72,64 @@ fn failed(what: impl Into<String>, why: impl ToString) -> Error {
 static COMPILER: Mutex<()> = Mutex::new(());
 
 impl Emulation {
-    /// The shared object of a kernel, compiled unless it is there.
-    fn compile(&self, key: &KernelKey) -> Result<PathBuf> {
-        let _one = COMPILER.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = format!("{}\nH1_EXPORT({})\n", key.module.text(), key.entry);
-        let mut flags = vec!["-std=c++20", "-O1", "-shared", "-fPIC", "-x", "c++", "-Wall", "-Wno-unknown-pragmas"];
+    /// What the compiler is told of every kernel.
+    fn flags(&self) -> Vec<&'static str> {
+        let mut flags = vec!["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas"];
         if self.sanitize {
             flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"]);
         }
-        let headers = || HEADERS.into_iter().chain(&EMULATE);
+        flags
+    }
+
+    /// A name for what is made of some texts.
+    fn name(&self, texts: &[&str]) -> String {
         let mut hash = Sha256::new();
-        hash.update(flags.join(" "));
-        headers().for_each(|header| hash.update(header.text));
-        hash.update(&text);
-        let name: String = hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect();
-        let object = self.folder.join(format!("{name}.so"));
+        self.flags().iter().chain(texts).for_each(|text| hash.update(text));
+        hash.finalize().iter().take(12).map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn run(&self, what: &str, arguments: &[&Path]) -> Result<()> {
+        let output = Command::new("g++").args(self.flags()).args(arguments).output();
+        let output = output.map_err(|error| failed("running g++", error))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(failed(format!("compiling {what}"), String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// A folder with the headers, the large one compiled.
+    fn headers(&self) -> Result<PathBuf> {
+        let headers = || HEADERS.into_iter().chain(&EMULATE);
+        let folder = self.folder.join(self.name(&headers().map(|header| header.text).collect::<Vec<_>>()));
+        if folder.exists() {
+            return Ok(folder);
+        }
+        let work = tempfile::tempdir_in(&self.folder).map_err(|error| failed("making a folder", error))?;
+        for header in headers() {
+            let path = work.path().join(header.name);
+            std::fs::write(path, header.text).map_err(|error| failed("writing a header", error))?;
+        }
+        let (header, compiled) = (work.path().join("emulate.h"), work.path().join("emulate.h.gch"));
+        self.run("emulate.h", &["-w".as_ref(), "-x".as_ref(), "c++-header".as_ref(), &header, "-o".as_ref(), &compiled])?;
+        std::fs::rename(work.keep(), &folder).map_err(|error| failed("keeping the headers", error))?;
+        Ok(folder)
+    }
+
+    /// The shared object of a kernel, compiled unless it is there.
+    fn compile(&self, key: &KernelKey) -> Result<PathBuf> {
+        let _one = COMPILER.lock().unwrap_or_else(PoisonError::into_inner);
+        let headers = self.headers()?;
+        let text = format!("{}\nH1_EXPORT({})\n", key.module.text(), key.entry);
+        let object = headers.join(format!("{}.so", self.name(&[&text])));
         if object.exists() {
             return Ok(object);
         }
-        let work = tempfile::tempdir_in(&self.folder).map_err(|error| failed("making a folder", error))?;
-        let write = |name: &str, text: &str| {
-            std::fs::write(work.path().join(name), text).map_err(|error| failed(format!("writing {name}"), error))
-        };
-        headers().try_for_each(|header| write(header.name, header.text))?;
-        write("module.cu", &text)?;
-        let made = work.path().join("module.so");
-        let output = Command::new("g++").args(&flags).arg(work.path().join("module.cu")).arg("-o").arg(&made).output();
-        let output = output.map_err(|error| failed("running g++", error))?;
-        if !output.status.success() {
-            return Err(failed(format!("compiling {} of {}", key.entry, key.module), String::from_utf8_lossy(&output.stderr)));
-        }
+        let work = tempfile::tempdir_in(&headers).map_err(|error| failed("making a folder", error))?;
+        let (source, made) = (work.path().join("module.cu"), work.path().join("module.so"));
+        std::fs::write(&source, &text).map_err(|error| failed("writing a kernel", error))?;
+        let arguments = ["-shared", "-include", "emulate.h", "-x", "c++", "-I"].map(Path::new);
+        let arguments = [&arguments[..], &[&headers, &source, Path::new("-o"), &made]].concat();
+        self.run(&format!("{} of {}", key.entry, key.module), &arguments)?;
         std::fs::rename(&made, &object).map_err(|error| failed("keeping a kernel", error))?;
         Ok(object)
     }

@@ -7,18 +7,21 @@ use libloading::Library;
 /// A folder, or several, that are looked in first.
 pub const FOLDERS: &str = "H1_CUDA_LIBRARIES";
 
-/// Looks for a library where `present` says that the system does not find it by itself: by the beginning of its file's name,
-/// `libnvrtc.so` or so. One that is found stays loaded, so that whoever asks the system for it by name gets it. `None` where
-/// there is none.
-pub fn preload_unless(prefix: &str, present: impl Fn() -> bool) -> Option<()> {
+/// Looks for a library where `present` says that the system does not find it by itself: by the beginnings of the names of its
+/// files, `libnvrtc.so` or so, last, and those that it opens when it is used. What is found stays loaded, so that whoever asks
+/// the system for it by name gets it. `None` where there is none.
+pub fn preload_unless(prefixes: &[&str], present: impl Fn() -> bool) -> Option<()> {
     if present() {
         return Some(());
     }
-    let files = folders().into_iter().flat_map(|folder| matching(&folder, prefix));
-    // SAFETY: a library of CUDA, whose initialisers are safe to run.
-    let library = files.into_iter().find_map(|file| unsafe { Library::new(&file) }.ok())?;
-    std::mem::forget(library);
-    present().then_some(())
+    let loaded = folders().iter().any(|folder| {
+        prefixes.iter().all(|prefix| {
+            // SAFETY: a library of CUDA, whose initialisers are safe to run.
+            let library = matching(folder, prefix).iter().find_map(|file| unsafe { Library::new(file) }.ok());
+            library.map(std::mem::forget).is_some()
+        })
+    });
+    (loaded && present()).then_some(())
 }
 
 /// Files of a folder that a prefix begins, the highest version first.

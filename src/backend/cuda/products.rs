@@ -1,6 +1,6 @@
 //! Products: one row through a kernel of our own, the others through the driver's library.
 
-use super::call::{Call, Place, blocks};
+use super::call::{Call, Place, blocks, type_number};
 use super::driver::{Arguments, Matrix, Product};
 use super::memory::{cast, column_sums};
 use super::source::{self, Value};
@@ -85,11 +85,11 @@ fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add)
     let defines = [
         ("T_X", x.of()),
         ("T_W", weight.of()),
-        ("T_B", bias.unwrap_or(out).of()),
         ("T_OUT", out.of()),
         ("VECTOR", Value::Number(vector.unwrap_or(1) as u32)),
     ];
-    let arguments = Arguments::new().pointer(x.start).pointer(weight.start).maybe(bias).pointer(out.start);
+    let arguments = Arguments::new().pointer(x.start).pointer(weight.start).maybe(bias);
+    let arguments = arguments.int(type_number(bias.map_or(DType::F32, |bias| bias.dtype))).pointer(out.start);
     let arguments = arguments.int(add.into()).size(weight.rows).size(weight.cols);
     let shape = blocks(weight.rows.div_ceil(GEMV_WARPS), 32 * GEMV_WARPS as u32);
     c.launch((&source::GEMV, "gemv"), &defines, shape, &arguments)

@@ -43,7 +43,7 @@ pub fn check(device: &str, what: &str, result: CUresult) -> Result<()> {
 /// The card of a number, with the driver's version, once driver and libraries are known to be there.
 fn find(ordinal: i32) -> Result<(CUdevice, Limits)> {
     // SAFETY: looks for the library.
-    let driver = libraries::preload_unless("libcuda.so", || unsafe { sys::is_culib_present() });
+    let driver = libraries::preload_unless(&["libcuda.so"], || unsafe { sys::is_culib_present() });
     driver.ok_or_else(|| unavailable("no NVIDIA driver (libcuda.so.1) was found"))?;
     let opened = |result| match result {
         CUresult::CUDA_SUCCESS => Ok(()),
