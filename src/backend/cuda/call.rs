@@ -117,12 +117,11 @@ pub(super) fn type_number(dtype: DType) -> u32 {
     }
 }
 
-/// The segments of a call: the table `[capacity, SEGMENT_FIELDS]` without gaps, and the rows' positions.
+/// The segments of a call: the table `[capacity, SEGMENT_FIELDS]` without gaps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SegmentsPlace {
     pub table: Pointer,
     pub capacity: usize,
-    pub positions: Pointer,
 }
 
 /// Arguments that are places.
@@ -207,8 +206,8 @@ impl Call<'_> {
     /// Where segments lie.
     pub fn segments(&self, segments: &SegmentsView) -> Result<SegmentsPlace> {
         let table = self.table("segments", segments.table)?;
-        let positions = self.ids("positions", segments.positions)?;
-        Ok(SegmentsPlace { table: table.start, capacity: table.rows, positions: positions.start })
+        self.ids("positions", segments.positions)?;
+        Ok(SegmentsPlace { table: table.start, capacity: table.rows })
     }
 
     /// Memory for this call alone, in parts of so many bytes, each aligned to 256. What it holds is anything.

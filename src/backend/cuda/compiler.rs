@@ -7,7 +7,7 @@ use cudarc::nvrtc::sys::{self, nvrtcResult};
 use super::libraries;
 
 /// What every kernel is compiled with. Sums and products may fuse; nothing else is approximate.
-const FLAGS: [&str; 2] = ["--std=c++17", "-default-device"];
+const FLAGS: [&str; 3] = ["--std=c++17", "-default-device", "--ptxas-options=-v"];
 
 /// The compiler's version, as CUDA's major and minor number.
 ///
@@ -36,11 +36,20 @@ pub fn identity((major, minor): (u32, u32), architecture: &str) -> String {
     format!("{major}.{minor} {architecture} {}", FLAGS.join(" "))
 }
 
+/// The code of a module, and what the compiler says of it: registers, shared memory and spills of each kernel.
+#[derive(Debug)]
+pub struct Compiled {
+    /// The code.
+    pub cubin: Vec<u8>,
+    /// The compiler's words.
+    pub log: String,
+}
+
 /// Compiles a text to a cubin. Headers are pairs of name and text.
 ///
 /// # Errors
 /// What the compiler said.
-pub fn compile(text: &str, headers: &[(&str, &str)], architecture: &str) -> Result<Vec<u8>, String> {
+pub fn compile(text: &str, headers: &[(&str, &str)], architecture: &str) -> Result<Compiled, String> {
     let c_text = |text: &str| CString::new(text).map_err(|error| error.to_string());
     let names = headers.iter().map(|(name, _)| c_text(name)).collect::<Result<Vec<_>, _>>()?;
     let texts = headers.iter().map(|(_, text)| c_text(text)).collect::<Result<Vec<_>, _>>()?;
@@ -65,7 +74,7 @@ pub fn compile(text: &str, headers: &[(&str, &str)], architecture: &str) -> Resu
         check(sys::nvrtcGetCUBINSize(program.0, &mut size))?;
         let mut cubin = vec![0u8; size];
         check(sys::nvrtcGetCUBIN(program.0, cubin.as_mut_ptr().cast()))?;
-        Ok(cubin)
+        Ok(Compiled { cubin, log: program.log().unwrap_or_default() })
     }
 }
 

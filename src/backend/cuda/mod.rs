@@ -23,6 +23,8 @@ mod products;
 mod real;
 pub mod source;
 mod staging;
+#[doc(hidden)]
+pub mod variants;
 
 use std::sync::{Mutex, PoisonError};
 

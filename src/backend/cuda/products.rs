@@ -4,6 +4,7 @@ use super::call::{Call, Place, blocks, type_number};
 use super::driver::{Arguments, Matrix, Product};
 use super::memory::{cast, column_sums};
 use super::source::{self, Value};
+use super::variants::VECTORS;
 use crate::backend::{DType, Error, Result, ops};
 
 /// Outputs of a block of `gemv.cu`, a warp each.
@@ -77,7 +78,8 @@ fn product(
 
 /// One row times a weight.
 fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add): (Place, bool)) -> Result<()> {
-    let vector = [8, 4, 2].into_iter().find(|&vector| {
+    let vector = VECTORS.into_iter().find(|&vector| {
+        let vector = vector as usize;
         let aligned = |place: &Place| place.start.is_multiple_of((vector * place.dtype.size()) as u64);
         let fits = vector * x.dtype.size().max(weight.dtype.size()) <= 16;
         fits && x.cols.is_multiple_of(vector) && aligned(x) && aligned(weight)
@@ -86,7 +88,7 @@ fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add)
         ("T_X", x.of()),
         ("T_W", weight.of()),
         ("T_OUT", out.of()),
-        ("VECTOR", Value::Number(vector.unwrap_or(1) as u32)),
+        ("VECTOR", Value::Number(vector.unwrap_or(1))),
     ];
     let arguments = Arguments::new().pointer(x.start).pointer(weight.start).maybe(bias);
     let arguments = arguments.int(type_number(bias.map_or(DType::F32, |bias| bias.dtype))).pointer(out.start);

@@ -211,7 +211,7 @@ impl Card {
             return Ok(cubin);
         }
         let compiled = compiler::compile(&text, &headers, &architecture);
-        let cubin = compiled.map_err(|log| self.failed(format!("compiling {module}"), log))?;
+        let cubin = compiled.map_err(|log| self.failed(format!("compiling {module}"), log))?.cubin;
         self.cache.put(&entry, &cubin);
         Ok(cubin)
     }

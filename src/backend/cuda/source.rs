@@ -25,6 +25,7 @@ sources! {
     CONV: "conv1d.cuh";
     SCAN: "scan.cuh";
     KEYS: "attention.cuh";
+    TILES: "attention_mma.cuh";
     EMBED: "embed.cu";
     RMS_NORM: "rms_norm.cu";
     COLUMNS: "columns.cu";
@@ -45,10 +46,12 @@ sources! {
     SCAN_SUMS: "scan_sums.cu";
     ATTENTION: "attention.cu";
     ATTENTION_BACKWARD: "attention_backward.cu";
+    ATTENTION_MMA: "attention_mma.cu";
+    ATTENTION_BACKWARD_MMA: "attention_backward_mma.cu";
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 6] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS];
+pub static HEADERS: [&Source; 7] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS, &TILES];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,6 +91,13 @@ impl ModuleKey {
     /// A file compiled with macros.
     pub fn new(source: &'static Source, defines: &[(&'static str, Value)]) -> Self {
         ModuleKey { file: source.name, text: source.text, defines: defines.to_vec() }
+    }
+
+    /// The same with one more macro.
+    pub(super) fn with(&self, define: (&'static str, Value)) -> Self {
+        let mut module = self.clone();
+        module.defines.push(define);
+        module
     }
 
     /// What a compiler is given: the macros, then the file. Headers are found by name.
