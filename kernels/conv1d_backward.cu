@@ -107,12 +107,12 @@ extern "C" __global__ void conv1d_backward_state(Rows<const T_X> x, Rows<const T
     for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_in; c += gridDim.y * blockDim.x) {
         float* to = dstate_in.row(segment.slot) + (long long)c * TAPS;
         float state[TAPS] = {};
-        for (int j = segment.len; j < TAPS; ++j)
+        for (int j = int(segment.len); j < TAPS; ++j)
             if (dstate_out.data && segment.slot < dstate_slots)
                 state[j] = dstate_out.row(segment.slot)[(long long)c * TAPS + j - segment.len];
         for (int r = 0; r < REPEAT; ++r) {
             int output = c / head * head * REPEAT + r * head + c % head, filter = repeat_first ? output : c;
-            for (int row = 0; row + 1 < TAPS && row < segment.len; ++row) {
+            for (int row = 0; row + 1 < TAPS && row < int(segment.len); ++row) {
                 long long t = (long long)segment.start + row;
                 float sum = bias ? load(bias + filter) : 0.0f;
                 for (int k = 0; k < TAPS; ++k)

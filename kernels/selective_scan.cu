@@ -14,7 +14,7 @@ struct Step {
     float dt, input;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     selective_scan(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<float> saved, long long saved_rows,
                    Rows<T_OUT> out) {
     H1_DYNAMIC_SHARED(shared);

@@ -35,7 +35,7 @@ H1_DEVICE void channel_sums(float* values) {
         for (int s = 0; s < STATES; ++s) values[s] += __shfl_xor_sync(WHOLE_WARP, values[s], offset);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     selective_scan_backward(SCAN_INPUTS, Rows<const float> saved, long long saved_rows, Rows<const T_DOUT> dout,
                             Rows<const float> dstate_out, long long dstate_slots, Rows<T_DU> du,
                             Rows<T_DDELTA> ddelta, Rows<T_DP> dz, Rows<T_DP> db, Rows<T_DP> dc, float* partial_b,

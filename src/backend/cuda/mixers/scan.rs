@@ -91,6 +91,14 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
+/// The macros of the layouts that calls ask for as a rule: 16 states, aligned and not, and the most of each kind.
+pub(super) fn layouts() -> Vec<Vec<(&'static str, Value)>> {
+    let layouts = [(16, 4, 16, 8, 1), (16, 4, 16, 8, 0), (32, 8, 16, 8, 0), (64, 16, 8, 8, 0), (128, 32, 4, 8, 0), (256, 32, 4, 4, 0)];
+    let names = ["D_STATE", "LANES", "TILE", "HELD", "VECTOR"];
+    let defines = |(d_state, lanes, tile, held, vector)| names.into_iter().zip([d_state, lanes, tile, held, vector]);
+    layouts.into_iter().map(|layout| defines(layout).map(|(name, n)| (name, Value::Number(n))).collect()).collect()
+}
+
 /// Where the inputs of a scan lie.
 struct Inputs {
     tiles: Tiles,
