@@ -8,7 +8,8 @@ use std::mem::{size_of, size_of_val};
 
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtEpilogue_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t as Attribute,
-    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasStatus_t, cudaDataType_t,
+    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasStatus_t,
+    cudaDataType_t,
 };
 
 use super::cache::Cache;
@@ -143,7 +144,8 @@ impl Blas {
     }
 
     fn record(&self, cache: &Cache) {
-        let all: Vec<(&Sizes, [u64; 8])> = self.recorded.iter().map(|(sizes, algorithm)| (sizes, algorithm.data)).collect();
+        let all: Vec<(&Sizes, [u64; 8])> =
+            self.recorded.iter().map(|(sizes, algorithm)| (sizes, algorithm.data)).collect();
         if let Ok(text) = serde_json::to_vec(&all) {
             cache.put(&self.entry, &text);
         }
@@ -213,7 +215,16 @@ impl Blas {
                 // SAFETY: all descriptors are the library's; there is room for one result.
                 check(unsafe {
                     sys::cublasLtMatmulAlgoGetHeuristic(
-                        handle, operation, b, a, out, out, preference, 1, &mut result, count,
+                        handle,
+                        operation,
+                        b,
+                        a,
+                        out,
+                        out,
+                        preference,
+                        1,
+                        &mut result,
+                        count,
                     )
                 })
             });

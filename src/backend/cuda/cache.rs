@@ -15,7 +15,8 @@ impl Cache {
     /// The folder `h1/cuda` of the user's cache.
     pub fn of_user() -> Self {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let folder = set("XDG_CACHE_HOME").filter(|path| path.is_absolute()).or_else(|| Some(set("HOME")?.join(".cache")));
+        let folder =
+            set("XDG_CACHE_HOME").filter(|path| path.is_absolute()).or_else(|| Some(set("HOME")?.join(".cache")));
         Cache { folder: folder.map(|folder| folder.join("h1/cuda")) }
     }
 

@@ -27,6 +27,9 @@ pub struct Emulation {
     pub sanitize: bool,
 }
 
+/// The device's name.
+pub const NAME: &str = "emulated card";
+
 /// A device whose kernels run on the CPU.
 ///
 /// # Errors
@@ -34,7 +37,7 @@ pub struct Emulation {
 pub fn device(emulation: Emulation) -> Result<Device> {
     std::fs::create_dir_all(&emulation.folder).map_err(|error| failed("making a folder", error))?;
     let limits = Limits {
-        name: "emulated card".into(),
+        name: NAME.into(),
         capability: (9, 0),
         multiprocessors: 4,
         shared_bytes: 232_448,
@@ -65,7 +68,7 @@ struct Kernels {
 }
 
 fn failed(what: impl Into<String>, why: impl ToString) -> Error {
-    Error::Failed { device: "emulated card".into(), what: what.into(), why: why.to_string() }
+    Error::Failed { device: NAME.into(), what: what.into(), why: why.to_string() }
 }
 
 /// One compiler at a time, so that none compiles what another one is at.
@@ -110,7 +113,10 @@ impl Emulation {
             std::fs::write(path, header.text).map_err(|error| failed("writing a header", error))?;
         }
         let (header, compiled) = (work.path().join("emulate.h"), work.path().join("emulate.h.gch"));
-        self.run("emulate.h", &["-w".as_ref(), "-x".as_ref(), "c++-header".as_ref(), &header, "-o".as_ref(), &compiled])?;
+        self.run(
+            "emulate.h",
+            &["-w".as_ref(), "-x".as_ref(), "c++-header".as_ref(), &header, "-o".as_ref(), &compiled],
+        )?;
         std::fs::rename(work.keep(), &folder).map_err(|error| failed("keeping the headers", error))?;
         Ok(folder)
     }

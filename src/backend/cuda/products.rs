@@ -33,7 +33,8 @@ fn product(
 ) -> Result<()> {
     let dtype = if a.dtype == b.dtype { a.dtype } else { DType::F32 };
     let directly = out.dtype == dtype || out.dtype == DType::F32;
-    let bytes = |place: &Place, needed: bool, dtype: DType| if needed { place.rows * place.cols * dtype.size() } else { 0 };
+    let bytes =
+        |place: &Place, needed: bool, dtype: DType| if needed { place.rows * place.cols * dtype.size() } else { 0 };
     let of_out = if directly { out.dtype } else { DType::F32 };
     let bias_copied = bias.filter(|bias| bias.dtype != of_out);
     let sizes = [
@@ -84,12 +85,8 @@ fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add)
         let fits = vector * x.dtype.size().max(weight.dtype.size()) <= 16;
         fits && x.cols.is_multiple_of(vector) && aligned(x) && aligned(weight)
     });
-    let defines = [
-        ("T_X", x.of()),
-        ("T_W", weight.of()),
-        ("T_OUT", out.of()),
-        ("VECTOR", Value::Number(vector.unwrap_or(1))),
-    ];
+    let defines =
+        [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("VECTOR", Value::Number(vector.unwrap_or(1)))];
     let arguments = Arguments::new().pointer(x.start).pointer(weight.start).maybe(bias);
     let arguments = arguments.int(type_number(bias.map_or(DType::F32, |bias| bias.dtype))).pointer(out.start);
     let arguments = arguments.int(add.into()).size(weight.rows).size(weight.cols);

@@ -67,7 +67,10 @@ fn find(ordinal: i32) -> Result<(CUdevice, Limits)> {
     }
     let (major, minor) = compiler::version().map_err(unavailable)?;
     if major > version.0 {
-        let why = format!("NVRTC is of CUDA {major}.{minor}, which the driver, of CUDA {}.{}, is too old for", version.0, version.1);
+        let why = format!(
+            "NVRTC is of CUDA {major}.{minor}, which the driver, of CUDA {}.{}, is too old for",
+            version.0, version.1
+        );
         return Err(unavailable(why));
     }
     blas::present().map_err(unavailable)?;
