@@ -45,11 +45,14 @@ struct Tile {
     }
 };
 
+// 1 / (1 + exp(−x)), to a few units in the last place for x that are not far below 0.
+H1_DEVICE float sigmoid_fast(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-LOG2_E * x)); }
+
 // The step size and its derivative by delta.
 H1_DEVICE float step_size(float raw, int softplus) {
-    return softplus && raw <= 20.0f ? log1pf(expf(raw)) : raw;
+    return softplus && raw <= 20.0f ? log1pf(exp2_fast(LOG2_E * raw)) : raw;
 }
-H1_DEVICE float step_derivative(float raw, int softplus) { return softplus && raw <= 20.0f ? sigmoid(raw) : 1.0f; }
+H1_DEVICE float step_derivative(float raw, int softplus) { return softplus && raw <= 20.0f ? sigmoid_fast(raw) : 1.0f; }
 
 // `count` of `N` values of a row; the others are 0.
 template <int N, class T>

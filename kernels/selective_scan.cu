@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     Pack<T_U, OWN> next_u;
     Pack<T_DELTA, OWN> next_delta;
-    Pack<T_P, OWN> next_z;
+    Pack<T_P, OWN> next_z = {};
     Projection<T_P> next_b, next_c;
     auto fetch = [&](long long done) {
         long long first = segment.start + done, t = first + own_step;
@@ -69,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int i = 0; i < OWN; ++i) {
             own_u[i] = load(&next_u.values[i]);
-            gate[i] = z.data ? silu(load(&next_z.values[i])) : 1.0f;
+            float z_value = load(&next_z.values[i]);
+            gate[i] = z.data ? z_value * sigmoid_fast(z_value) : 1.0f;
             float dt = step_size(load(&next_delta.values[i]) + bias[i], softplus);
             steps[own_step * TILE + own + i] = {dt, dt * own_u[i]};
         }

@@ -94,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 token.raw = load(&pack_delta.values[i]) + (delta_bias && inside ? delta_bias[own_channel + i] : 0.0f);
                 float dt = inside ? step_size(token.raw, softplus) : 0.0f;
                 steps[step * TILE + own + i] = {dt, dt * token.u};
-                gradients[step * TILE + own + i] = z.data ? token.gradient * silu(token.gate) : token.gradient;
+                gradients[step * TILE + own + i] = z.data ? token.gradient * token.gate * sigmoid_fast(token.gate) : token.gradient;
             }
             Projection<T_P> next_b, next_c;
             int left = max(0, rows - part * STEPS);
@@ -215,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 int at = step * TILE + own + i;
                 float skip = d && inside ? d[own_channel + i] : 0.0f;
                 float dt = step_size(token.raw, softplus), y = fmaf(skip, token.u, gradients[at]);
-                float s = sigmoid(token.gate);
+                float s = sigmoid_fast(token.gate);
                 float g = z.data ? token.gradient * token.gate * s : token.gradient;
                 dz_own[i] = token.gradient * y * s * (1.0f + token.gate * (1.0f - s));
                 du_own[i] = fmaf(dt, steps[at].input, g * skip);
