@@ -27,6 +27,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__)
@@ -83,6 +84,10 @@ struct Fiber {
 
     void start(void (*entry)()) {
         if (!stack) stack.reset(new char[STACK]);
+#if defined(__SANITIZE_ADDRESS__)
+        // The fiber before left for ever, and with it the marks around its variables.
+        ASAN_UNPOISON_MEMORY_REGION(stack.get(), STACK);
+#endif
 #if defined(__x86_64__)
         auto* sp = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack.get()) + STACK) & ~uintptr_t(15));
         *--sp = nullptr;
