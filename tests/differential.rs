@@ -1,18 +1,26 @@
 //! Every backend against the reference: one list of op cases ([`h1::backend::cases`]), and the laws of a device.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use h1::backend::cpu::{self, simd::Simd};
+use h1::backend::cuda::{self, emulated};
 use h1::backend::ops::{Linear, RmsNorm, Swiglu};
 use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference};
 
-/// Sizes that each case is run at.
-const ROUNDS: u64 = 24;
+/// Sizes that each case is run at: fewer where the CPU stands in for a card, and fewer still where it is watched.
+fn rounds(device: &Device) -> u64 {
+    match device.info().device.starts_with(emulated::NAME) {
+        true if std::env::var_os(SANITIZE).is_some() => 2,
+        true => 8,
+        false => 24,
+    }
+}
 
 fn every_op_agrees_with_the_reference(device: &Device) {
     let mut failures = Vec::new();
     for case in cases::CASES {
-        let runs: Result<Vec<f64>, _> = (0..ROUNDS)
+        let runs: Result<Vec<f64>, _> = (0..rounds(device))
             .map(|seed| case.run(device, seed).map_err(|failure| format!("{} (seed {seed}): {failure}", case.name)))
             .collect();
         match runs {
@@ -75,7 +83,29 @@ fn memory_that_is_not_there_is_an_error(device: &Device) {
     assert!(segments.write(device, &Segments::documents([3, 3]).unwrap()).is_err());
 }
 
-/// The suite of a backend: a line a backend.
+/// The card of this machine. Where there is none the tests on it say so and pass, unless `H1_REQUIRE_CUDA` is set.
+fn card() -> Option<Device> {
+    match cuda::device() {
+        Ok(device) => Some(device),
+        Err(why) if std::env::var_os("H1_REQUIRE_CUDA").is_none() => {
+            println!("skipped: {why}");
+            None
+        }
+        Err(why) => panic!("{why}"),
+    }
+}
+
+/// The kernels of the CUDA backend on the CPU, the threads of a block in one of several orders.
+fn emulated_card(order: u32) -> Device {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    let sanitize = std::env::var_os(SANITIZE).is_some();
+    emulated::device(emulated::Emulation { folder, order, sanitize }).unwrap()
+}
+
+/// Set in a process that was started with the sanitizers' libraries.
+const SANITIZE: &str = "H1_EMULATE_SANITIZED";
+
+/// The suite of a backend: a line a backend, with a device where there is one.
 macro_rules! differential {
     ($($backend:ident: $open:expr;)*) => {$(
         mod $backend {
@@ -93,14 +123,18 @@ macro_rules! differential {
     (@laws $open:expr; $($law:ident)*) => {$(
         #[test]
         fn $law() {
-            super::$law(&$open);
+            if let Some(device) = $open {
+                super::$law(&device);
+            }
         }
     )*};
 }
 
 differential! {
-    on_reference: Device::new(Reference::new());
-    on_cpu: cpu::device(NonZeroUsize::new(2)).unwrap();
+    on_reference: Some(Device::new(Reference::new()));
+    on_cpu: Some(cpu::device(NonZeroUsize::new(2)).unwrap());
+    on_cuda: card();
+    on_cuda_emulated: Some(emulated_card(0));
 }
 
 #[test]
@@ -117,4 +151,39 @@ fn cpu_gives_the_same_bits_on_any_number_of_threads_and_any_instruction_set() {
             }
         }
     }
+}
+
+#[test]
+fn kernels_give_the_same_bits_in_any_order_of_their_threads() {
+    let ascending = emulated_card(0);
+    for order in [1, 2] {
+        let other = emulated_card(order);
+        for case in cases::CASES {
+            for seed in 0..2 {
+                if let Err(failure) = case.same_bits(&other, &ascending, seed) {
+                    panic!("{} (seed {seed}) in order {order}: {failure}", case.name);
+                }
+            }
+        }
+    }
+}
+
+/// The emulated suite once more in a process with the sanitizers of addresses and of undefined behaviour.
+#[test]
+#[cfg(target_os = "linux")]
+fn kernels_touch_only_what_is_theirs() {
+    use std::process::Command;
+    let library = |name: &str| {
+        let found = Command::new("g++").arg(format!("-print-file-name={name}")).output().unwrap();
+        String::from_utf8(found.stdout).unwrap().trim().to_owned()
+    };
+    let run = Command::new(std::env::current_exe().unwrap())
+        .args(["on_cuda_emulated::", "--test-threads", "1"])
+        .env("LD_PRELOAD", format!("{}:{}", library("libasan.so"), library("libubsan.so")))
+        .env("ASAN_OPTIONS", "detect_leaks=0:allocator_may_return_null=1")
+        .env(SANITIZE, "1")
+        .output()
+        .unwrap();
+    let [out, error] = [run.stdout, run.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(run.status.success() && out.contains("test result: ok. 5 passed"), "{out}\n{error}");
 }

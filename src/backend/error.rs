@@ -98,6 +98,16 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// A call of the device's driver, or of a library or compiler beside it, that went wrong.
+    #[error("{device}: {what} failed: {why}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// What was tried.
+        what: String,
+        /// What it said.
+        why: String,
+    },
     /// Something that the backend cannot do.
     #[error("{backend} cannot do {op}: {what}")]
     Unsupported {

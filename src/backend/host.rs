@@ -55,9 +55,21 @@ macro_rules! value {
 value! {
     f32: F32, |x| x, |x| x as f32, |x| x, f64::from;
     f64: F64, f64::from, |x| x, |x| x as f32, |x| x;
-    bf16: Bf16, bf16::from_f32, bf16::from_f64, bf16::to_f32, bf16::to_f64;
-    f16: F16, f16::from_f32, f16::from_f64, f16::to_f32, f16::to_f64;
+    bf16: Bf16, bf16::from_f32, |x| bf16::from_f32(to_odd(x)), bf16::to_f32, bf16::to_f64;
+    f16: F16, f16::from_f32, |x| f16::from_f32(to_odd(x)), f16::to_f32, f16::to_f64;
     u32: U32, |x| x as u32, |x| x as u32, |x| x as f32, f64::from;
+}
+
+/// The f32 beside `x` whose last bit says that something was cut off, so that rounding it again is rounding `x` once.
+/// (`half` leaves out the lower half of a f64 when it rounds.)
+fn to_odd(x: f64) -> f32 {
+    let near = x as f32;
+    let (exact, odd) = (f64::from(near) == x || !near.is_finite(), near.to_bits() & 1 == 1);
+    match f64::from(near).abs() < x.abs() {
+        _ if exact || odd => near,
+        true => f32::from_bits(near.to_bits() + 1),
+        false => f32::from_bits(near.to_bits() - 1),
+    }
 }
 
 /// Evaluates an expression with `$type` standing for the type of a dtype.
@@ -312,6 +324,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_f64_is_rounded_once_to_16_bits() {
+        // Just above and below the middle of two neighbours, and on it, where the even one wins.
+        let middle = 1.0 + 2f64.powi(-8);
+        for (shift, expected) in [(2f64.powi(-40), 1.0 + 2f64.powi(-7)), (-2f64.powi(-40), 1.0), (0.0, 1.0)] {
+            assert_eq!(bf16::of_f64(middle + shift).to_f64(), expected);
+        }
+        assert_eq!(f16::of_f64(1.0 + 2f64.powi(-11) + 2f64.powi(-45)).to_f64(), 1.0 + 2f64.powi(-10));
+        assert!(bf16::of_f64(f64::NAN).is_nan() && bf16::of_f64(1e300).is_infinite());
     }
 
     #[test]

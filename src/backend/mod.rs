@@ -12,6 +12,7 @@
 pub mod cases;
 mod check;
 pub mod cpu;
+pub mod cuda;
 mod device;
 mod error;
 mod host;

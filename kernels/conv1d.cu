@@ -1,0 +1,64 @@
+// Causal depthwise convolution over segments with a repeat of heads and silu:
+// out[t, c] = silu(bias[f] + Σ_k weight[f, k]·x[t − TAPS + 1 + k, i]), where output channel c reads the input channel
+// i = c / (head·repeat)·head + c % head and the filter f = c (repeat first) or i. Inputs before a segment are its state,
+// the last TAPS inputs `[channels_in, TAPS]`, oldest first, or 0 where past = 0.
+//
+// conv1d: a block takes CONV_ROWS rows and blockDim columns, a thread a column: it goes down the rows with the last
+// TAPS inputs in registers, and fills them anew where a segment begins. conv1d_state: a thread a segment and input
+// channel, launched afterwards, so that the state may lie where it lay before.
+//
+// Macros: T_X, T_W, T_OUT, TAPS. Source: Dao-AILab/causal-conv1d; the repeat: jxiw/M1.
+#include "conv1d.cuh"
+
+extern "C" __global__ void conv1d(Rows<const T_X> x, Rows<const T_W> weight, const T_W* bias, const Segment* segments,
+                                  int capacity, long long tokens, int channels_out, int head, int repeat,
+                                  int repeat_first, Rows<const float> state_in, long long slots, Rows<T_OUT> out) {
+    __shared__ int owner[CONV_ROWS];
+    for (long long first = blockIdx.x * (long long)CONV_ROWS; first < tokens;
+         first += gridDim.x * (long long)CONV_ROWS) {
+        int rows = min((long long)CONV_ROWS, tokens - first);
+        __syncthreads();
+        find_owners(segments, capacity, tokens, first, rows, owner);
+        for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_out; c += gridDim.y * blockDim.x) {
+            int input = input_channel(c, head, repeat), filter = repeat_first ? c : input;
+            float taps[TAPS], window[TAPS];
+            for (int k = 0; k < TAPS; ++k) taps[k] = load(weight.row(filter) + k);
+            float base = bias ? load(bias + filter) : 0.0f;
+            int before = -1;
+            for (int r = 0; r < rows; ++r) {
+                long long t = first + r;
+                if (owner[r] < 0) continue;
+                if (owner[r] != before) {
+                    before = owner[r];
+                    Segment segment = segments[before];
+#pragma unroll
+                    for (int k = 0; k < TAPS; ++k)
+                        window[k] = past_input(x, state_in, slots, segment, t - TAPS + 1 + k, input);
+                } else {
+#pragma unroll
+                    for (int k = 0; k + 1 < TAPS; ++k) window[k] = window[k + 1];
+                    window[TAPS - 1] = load(x.row(t) + input);
+                }
+                float sum = base;
+#pragma unroll
+                for (int k = 0; k < TAPS; ++k) sum = fmaf(taps[k], window[k], sum);
+                store(out.row(t) + c, silu(sum));
+            }
+        }
+    }
+}
+
+extern "C" __global__ void conv1d_state(Rows<const T_X> x, const Segment* segments, long long tokens, int channels_in,
+                                        Rows<const float> state_in, long long slots_in, Rows<float> state_out,
+                                        long long slots_out) {
+    Segment segment = segments[blockIdx.x];
+    if (segment.len == 0 || !segment.lies_in(tokens) || segment.slot >= slots_out) return;
+    for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_in; c += gridDim.y * blockDim.x) {
+        float last[TAPS];
+        long long end = (long long)segment.start + segment.len;
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) last[k] = past_input(x, state_in, slots_in, segment, end - TAPS + k, c);
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) state_out.row(segment.slot)[(long long)c * TAPS + k] = last[k];
+    }
+}

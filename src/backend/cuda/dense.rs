@@ -1,0 +1,115 @@
+//! Embedding, norm, gated activation, rotary positions, pages: launches of their kernels.
+
+use super::call::{Call, blocks, each};
+use super::driver::{Arguments, Shape};
+use super::memory::{chunk_of_rows, column_totals};
+use super::source;
+use crate::backend::{Largest, Result, ops};
+
+/// Threads of a block that sums over a row.
+const ROW_THREADS: u32 = 256;
+/// Heads that a thread of `rope.cu` turns.
+const ROPE_HEADS: usize = 4;
+
+/// Bytes of scratch that calls of these sizes take.
+pub(super) fn scratch_bytes(largest: &Largest) -> usize {
+    2 * (4 * largest.tokens).next_multiple_of(256)
+}
+
+pub(super) fn embed(c: &mut Call, op: &ops::Embed) -> Result<()> {
+    let (ids, weight, out) = (c.ids("ids", op.ids)?, c.floats("weight", op.weight)?, c.floats("out", op.out)?);
+    let arguments = Arguments::new().pointer(ids.start).place(&weight).size(weight.rows).place(&out);
+    let arguments = arguments.size(out.rows).size(out.cols);
+    let defines = [("T_W", weight.of()), ("T_X", out.of()), ("T_OUT", out.of())];
+    c.launch((&source::EMBED, "embed"), &defines, each(out.rows, out.cols), &arguments)
+}
+
+pub(super) fn embed_backward(c: &mut Call, op: &ops::EmbedBackward) -> Result<()> {
+    let (ids, dout, dweight) = (c.ids("ids", op.ids)?, c.floats("dout", op.dout)?, c.f32("dweight", op.dweight)?);
+    let tokens = c.int("tokens", dout.rows)?;
+    let [first, next] = c.scratch([4 * dout.rows; 2])?;
+    let defines = [("T_W", dweight.of()), ("T_X", dout.of()), ("T_OUT", dout.of())];
+    let links = Arguments::new().pointer(ids.start).pointer(first).pointer(next).int(tokens);
+    c.launch((&source::EMBED, "embed_links"), &defines, blocks(dout.rows.div_ceil(256), 256), &links)?;
+    let arguments = Arguments::new().pointer(ids.start).pointer(first).pointer(next).place(&dout).place(&dweight);
+    let arguments = arguments.size(dweight.rows).int(tokens).size(dout.cols);
+    c.launch((&source::EMBED, "embed_backward"), &defines, each(dout.rows, dout.cols), &arguments)
+}
+
+pub(super) fn rms_norm(c: &mut Call, op: &ops::RmsNorm) -> Result<()> {
+    let (x, weight, out) = (c.floats("x", op.x)?, c.floats("weight", op.weight)?, c.floats("out", op.out)?);
+    let inv_rms = c.maybe_f32("inv_rms", op.inv_rms)?;
+    let arguments = Arguments::new().place(&x).pointer(weight.start).float(op.eps).place(&out).maybe(inv_rms);
+    let arguments = arguments.size(x.rows).int(c.int("width", x.cols)?);
+    let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of())];
+    c.launch((&source::RMS_NORM, "rms_norm"), &defines, blocks(x.rows, ROW_THREADS), &arguments)
+}
+
+pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Result<()> {
+    let (x, weight, inv_rms) = (c.floats("x", op.x)?, c.floats("weight", op.weight)?, c.f32("inv_rms", op.inv_rms)?);
+    let dout = c.floats("dout", op.dout)?;
+    let (dx, dweight) = (c.like("dx", op.dx.view, &dout)?, c.maybe_f32("dweight", op.dweight)?);
+    let width = c.int("width", x.cols)?;
+    let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", dx.of())];
+    let arguments = Arguments::new().place(&x).pointer(weight.start).pointer(inv_rms.start).place(&dout).place(&dx);
+    let arguments = arguments.int(op.dx.add.into()).size(x.rows).int(width);
+    c.launch((&source::RMS_NORM, "rms_norm_backward"), &defines, blocks(x.rows, ROW_THREADS), &arguments)?;
+    let Some(dweight) = dweight else { return Ok(()) };
+    let (chunk, chunks) = chunk_of_rows(x.rows);
+    let [partials] = c.scratch([4 * chunks * x.cols])?;
+    let arguments = Arguments::new().place(&x).pointer(inv_rms.start).place(&dout).pointer(partials);
+    let arguments = arguments.size(x.rows).int(width).int(c.int("rows", chunk)?);
+    c.launch((&source::RMS_NORM, "rms_norm_dweight"), &defines, each(chunks, x.cols), &arguments)?;
+    column_totals(c, partials, chunks, &dweight)
+}
+
+pub(super) fn swiglu(c: &mut Call, op: &ops::Swiglu) -> Result<()> {
+    let gate = c.floats("gate", op.gate)?;
+    let (up, out) = (c.like("up", op.up, &gate)?, c.like("out", op.out, &gate)?);
+    let arguments = Arguments::new().place(&gate).place(&up).place(&out).size(out.rows).size(out.cols);
+    c.launch((&source::SWIGLU, "swiglu"), &[("T_X", gate.of())], each(out.rows, out.cols), &arguments)
+}
+
+pub(super) fn swiglu_backward(c: &mut Call, op: &ops::SwigluBackward) -> Result<()> {
+    let gate = c.floats("gate", op.gate)?;
+    let (up, dout) = (c.like("up", op.up, &gate)?, c.like("dout", op.dout, &gate)?);
+    let (dgate, dup) = (c.like("dgate", op.dgate, &gate)?, c.like("dup", op.dup, &gate)?);
+    let arguments = Arguments::new().place(&gate).place(&up).place(&dout).place(&dgate).place(&dup);
+    let arguments = arguments.size(gate.rows).size(gate.cols);
+    c.launch((&source::SWIGLU, "swiglu_backward"), &[("T_X", gate.of())], each(gate.rows, gate.cols), &arguments)
+}
+
+pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
+    let (x, positions) = (c.floats("x", op.x)?, c.ids("positions", op.positions)?);
+    let inv_freq = c.f32("inv_freq", op.inv_freq)?;
+    let (heads, half) = (x.cols / op.head_dim, op.head_dim / 2);
+    let sign = if op.inverse { -1.0 } else { 1.0 };
+    let arguments = Arguments::new().place(&x).pointer(positions.start).pointer(inv_freq.start).float(sign);
+    let arguments = arguments.size(x.rows).int(c.int("heads", heads)?).int(c.int("head_dim", half)?);
+    let row = blocks(x.rows, half.next_multiple_of(32).min(256) as u32);
+    let shape = Shape { grid: [row.grid[0], c.int("heads", heads.div_ceil(ROPE_HEADS))?, 1], ..row };
+    c.launch((&source::ROPE, "rope"), &[("T_X", x.of())], shape, &arguments)
+}
+
+pub(super) fn page_write(c: &mut Call, op: &ops::PageWrite) -> Result<()> {
+    let (rows, out) = (c.floats("rows", op.rows)?, c.floats("out", op.out)?);
+    let (segments, pages) = (c.segments(&op.segments)?, c.table("pages", op.pages)?);
+    let arguments = Arguments::new().place(&rows).pointer(segments.table).int(c.int("segments", segments.capacity)?);
+    let arguments = arguments.pointer(pages.start).size(pages.rows).size(pages.cols);
+    let arguments = arguments.int(c.int("page", op.page_size)?).place(&out).size(out.rows);
+    let arguments = arguments.size(rows.rows).size(rows.cols);
+    let defines = [("T_X", rows.of()), ("T_OUT", out.of())];
+    c.launch((&source::PAGE_WRITE, "page_write"), &defines, blocks(rows.rows, ROW_THREADS), &arguments)
+}
+
+pub(super) fn neg_exp(c: &mut Call, op: &ops::NegExp) -> Result<()> {
+    let (a_log, a) = (c.floats("a_log", op.a_log)?, c.f32("a", op.a)?);
+    let arguments = Arguments::new().place(&a_log).place(&a).size(a.rows).size(a.cols);
+    c.launch((&source::NEG_EXP, "neg_exp"), &[("T_X", a_log.of())], each(a.rows, a.cols), &arguments)
+}
+
+pub(super) fn neg_exp_backward(c: &mut Call, op: &ops::NegExpBackward) -> Result<()> {
+    let (a, da, da_log) = (c.f32("a", op.a)?, c.f32("da", op.da)?, c.f32("da_log", op.da_log)?);
+    let arguments = Arguments::new().place(&a).place(&da).place(&da_log).size(a.rows).size(a.cols);
+    c.launch((&source::NEG_EXP, "neg_exp_backward"), &[], each(a.rows, a.cols), &arguments)
+}

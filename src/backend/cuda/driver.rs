@@ -1,0 +1,190 @@
+//! The seam between the host side and what computes: the card's driver, or the CPU that stands in for it in tests.
+
+use super::source::KernelKey;
+use crate::backend::{DType, Result};
+
+/// An address in device memory.
+pub type Pointer = u64;
+
+/// What a device can do.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// The device as a person knows it.
+    pub name: String,
+    /// Major and minor number of the architecture, (9, 0) for an H100.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block may ask for.
+    pub shared_bytes: usize,
+    /// Bytes of device memory.
+    pub memory_bytes: usize,
+}
+
+/// Rows of bytes in device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// The first byte.
+    pub start: Pointer,
+    /// Bytes of a row.
+    pub width: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Bytes from one row to the next.
+    pub pitch: usize,
+}
+
+/// A loaded kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel(pub usize);
+
+/// How many blocks of how many threads, and the bytes of shared memory that a block asks for when it is launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: [u32; 3],
+    /// Bytes.
+    pub shared_bytes: u32,
+}
+
+/// The arguments of a launch in the order of the kernel's parameters, each as its bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Arguments {
+    /// In words, so that every argument is aligned.
+    words: Vec<u64>,
+    /// The word at which each argument starts.
+    starts: Vec<usize>,
+}
+
+impl Arguments {
+    /// No argument.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends an argument of one or two words.
+    fn push(mut self, words: &[u64]) -> Self {
+        self.starts.push(self.words.len());
+        self.words.extend(words);
+        self
+    }
+
+    /// A pointer; 0 is null.
+    pub fn pointer(self, pointer: Pointer) -> Self {
+        self.push(&[pointer])
+    }
+
+    /// A `Rows<T>`: a pointer, and the values from one row to the next.
+    pub fn rows(self, pointer: Pointer, stride: usize) -> Self {
+        self.push(&[pointer, stride as u64])
+    }
+
+    /// A `long long` or `size_t`.
+    pub fn size(self, value: usize) -> Self {
+        self.push(&[value as u64])
+    }
+
+    /// An `int` or `unsigned`; the low half of the word on a little-endian machine.
+    pub fn int(self, value: u32) -> Self {
+        self.push(&[u64::from(value)])
+    }
+
+    /// A `float`.
+    pub fn float(self, value: f32) -> Self {
+        self.int(value.to_bits())
+    }
+
+    /// Where each argument lies, as the driver takes them.
+    pub fn addresses(&self) -> Vec<*mut std::ffi::c_void> {
+        self.starts.iter().map(|&start| std::ptr::from_ref(&self.words[start]).cast_mut().cast()).collect()
+    }
+}
+
+/// A matrix of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Its first value.
+    pub start: Pointer,
+    /// f32, bf16 or f16.
+    pub dtype: DType,
+    /// Values from one row to the next, as it lies in memory.
+    pub stride: usize,
+    /// Whether it is the transpose of what lies in memory.
+    pub transposed: bool,
+}
+
+/// `out[m, n] = a[m, k]·b[k, n] (+ bias[n]) (+ out)`, with f32 sums in an order that the sizes fix. Both factors have one dtype;
+/// that of `out` is theirs or f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// Rows of `out`.
+    pub m: usize,
+    /// Columns of `out`.
+    pub n: usize,
+    /// Terms of a sum.
+    pub k: usize,
+    /// `[m, k]`.
+    pub a: Matrix,
+    /// `[k, n]`.
+    pub b: Matrix,
+    /// `[m, n]`, in rows.
+    pub out: Matrix,
+    /// `[n]` values in the dtype of `out`, added to each row; 0 for none.
+    pub bias: Pointer,
+    /// Add to what `out` holds.
+    pub add: bool,
+}
+
+/// Finishes a read: waits for it, and gives the bytes.
+pub type Finish = Box<dyn FnOnce() -> Result<Vec<u8>> + Send>;
+
+/// What computes. Calls take effect in the order in which they are made; none but [`Driver::synchronise`] and a read's
+/// [`Finish`] waits for the device.
+pub trait Driver: Send + Sync {
+    /// What the device can do.
+    fn limits(&self) -> &Limits;
+    /// Device memory, all 0, aligned to 256 bytes.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Pointer>;
+    /// Gives device memory back once all calls so far are done with it.
+    fn free(&self, start: Pointer);
+    /// Sets bytes to 0.
+    ///
+    /// # Errors
+    /// When the device was lost.
+    fn clear(&self, region: Region) -> Result<()>;
+    /// Copies rows without gaps from the host; they may change once this returns.
+    ///
+    /// # Errors
+    /// When the device was lost.
+    fn upload(&self, from: &[u8], to: Region) -> Result<()>;
+    /// Starts to copy rows to the host, without gaps.
+    ///
+    /// # Errors
+    /// When the device was lost.
+    fn download(&self, from: Region) -> Result<Finish>;
+    /// Compiles a kernel, or finds it compiled.
+    ///
+    /// # Errors
+    /// What the compiler said.
+    fn load(&self, key: &KernelKey) -> Result<Kernel>;
+    /// Launches a kernel.
+    ///
+    /// # Errors
+    /// When the device cannot, or an earlier launch failed.
+    fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()>;
+    /// Makes a product.
+    ///
+    /// # Errors
+    /// When the library has no algorithm for it.
+    fn product(&self, product: &Product) -> Result<()>;
+    /// Waits until all calls so far are done.
+    ///
+    /// # Errors
+    /// When one of them failed.
+    fn synchronise(&self) -> Result<()>;
+}

@@ -1,0 +1,56 @@
+//! Convolution, scan and attention: launches of their kernels.
+
+mod attention;
+mod conv;
+mod scan;
+
+pub(super) use attention::{attention, attention_backward};
+pub(super) use conv::{conv1d, conv1d_backward};
+pub(super) use scan::{SCAN_CHUNK, selective_scan, selective_scan_backward};
+
+use super::driver::Limits;
+use super::source::{self, ModuleKey, Value};
+use crate::backend::Largest;
+
+/// Bytes of scratch that calls of these sizes take.
+pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
+    conv::scratch_bytes(largest).max(scan::scratch_bytes(largest)).max(attention::scratch_bytes(limits, largest))
+}
+
+/// The modules that calls ask for as a rule: activations of one storage type, parameters of any.
+pub(super) fn variants() -> Vec<ModuleKey> {
+    let types = ["float", "bf16", "f16"].map(Value::Type);
+    let alike = |source, names: &[&'static str], of: Value, more: &[(&'static str, Value)]| {
+        let defines: Vec<_> = names.iter().map(|&name| (name, of)).chain(more.iter().copied()).collect();
+        ModuleKey::new(source, &defines)
+    };
+    let mut all = Vec::new();
+    for of in types {
+        for weight in types {
+            let more = [("T_W", weight), ("TAPS", Value::Number(4)), ("REPEAT", Value::Number(4))];
+            all.push(alike(&source::CONV1D, &["T_X", "T_OUT"], of, &more[..2]));
+            all.push(alike(&source::CONV1D_BACKWARD, &["T_X", "T_DOUT", "T_DX"], of, &more));
+        }
+        for more in scan::layouts() {
+            all.push(alike(&source::SELECTIVE_SCAN, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &more));
+            let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
+            all.push(alike(&source::SELECTIVE_SCAN_BACKWARD, &names, of, &more));
+        }
+        all.push(alike(&source::SCAN_SUMS, &["T_DP"], of, &[]));
+        for head_dim in [64, 80, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
+            all.push(alike(&source::ATTENTION, &["T_Q", "T_KV", "T_OUT"], of, &[head_dim]));
+            let names = ["T_Q", "T_KV", "T_OUT", "T_DOUT", "T_DQ", "T_DKV"];
+            all.push(alike(&source::ATTENTION_BACKWARD, &names, of, &[head_dim]));
+        }
+    }
+    for of in &types[1..] {
+        for head_dim in [64, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
+            for (warps, tiles) in [(4, 2), (1, 1)] {
+                let more = [head_dim, ("WARPS", Value::Number(warps)), ("M_TILES", Value::Number(tiles))];
+                all.push(alike(&source::ATTENTION_MMA, &["T_X"], *of, &more));
+            }
+            all.push(alike(&source::ATTENTION_BACKWARD_MMA, &["T_X"], *of, &[head_dim]));
+        }
+    }
+    all
+}

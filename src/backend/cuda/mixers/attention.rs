@@ -1,0 +1,143 @@
+//! Attention's launches: on tensor cores `kernels/attention_mma.cu` and `kernels/attention_backward_mma.cu`, for other head
+//! sizes and storage `kernels/attention.cu` and `kernels/attention_backward.cu`.
+
+use crate::backend::cuda::call::{Call, Place};
+use crate::backend::cuda::driver::{Arguments, Limits, Shape};
+use crate::backend::cuda::source::{self, Value};
+use crate::backend::{DType, Largest, Result, ops};
+
+/// Warps of a block of the plain kernels, WARPS there; each has a row.
+const WARPS: usize = 4;
+/// Keys of a tile, KEYS_A_TILE of the kernels.
+const KEYS: usize = 64;
+/// Rows of a block of `attention_dq_mma`, ROWS there.
+const DQ_ROWS: usize = 128;
+/// The most parts into which one query's keys are split.
+const MOST_PARTS: usize = 64;
+
+/// Bytes of scratch that calls of these sizes take.
+pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
+    let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
+    let decoded = largest.segments.saturating_mul(largest.width.saturating_add(largest.heads)).saturating_mul(4);
+    delta.max(decoded.saturating_mul(parts(limits, largest.segments.max(1), largest.keys)))
+}
+
+/// Parts of the keys in a decode step, so that a few blocks go to each multiprocessor and each has a few tiles.
+fn parts(limits: &Limits, blocks: usize, keys: usize) -> usize {
+    (4 * limits.multiprocessors).div_ceil(blocks.max(1)).min(keys.div_ceil(4 * KEYS)).clamp(1, MOST_PARTS)
+}
+
+/// A warp a row and head.
+fn by_rows(c: &Call, rows: usize, heads: usize) -> Result<Shape> {
+    let grid = [c.int("rows", rows.div_ceil(WARPS))?, along(c, "heads", heads)?, 1];
+    Ok(Shape { grid, block: [32 * WARPS as u32, 1, 1], shared_bytes: 0 })
+}
+
+/// Blocks along the second axis of a grid.
+fn along(c: &Call, what: &str, blocks: usize) -> Result<u32> {
+    u32::try_from(blocks).ok().filter(|&blocks| blocks <= 65535).ok_or_else(|| c.unsupported("attention", format!("{blocks} {what}")))
+}
+
+/// The window as kernels take it: 0 is none.
+fn window(shape: &ops::AttentionShape) -> usize {
+    shape.window.map_or(0, |window| window.min(1 << 40))
+}
+
+/// Whether the tensor-core kernels take these, of which rows are read or written 16 bytes at a time.
+fn on_tensor_cores(shape: &ops::AttentionShape, rows: usize, places: &[&Place]) -> bool {
+    let dtype = places[0].dtype;
+    let fits = |place: &&Place| place.dtype == dtype && place.alignment() >= 16;
+    matches!(shape.head_dim, 64 | 128)
+        && matches!(dtype, DType::Bf16 | DType::F16)
+        && shape.heads / shape.kv_heads <= rows
+        && places.iter().all(fits)
+}
+
+pub(in crate::backend::cuda) fn attention(c: &mut Call, op: &ops::Attention) -> Result<()> {
+    let shape = &op.shape;
+    let (ops::Keys::Rows { k, v } | ops::Keys::Pages { k, v, .. }) = op.keys;
+    let (q, k) = (c.floats("q", op.q)?, c.floats("k", k)?);
+    let (v, segments) = (c.like("v", v, &k)?, c.segments(&op.segments)?);
+    let (out, lse) = (c.floats("out", op.out)?, c.maybe_f32("lse", op.lse)?);
+    let (pages, slots, a_slot, page_size) = match op.keys {
+        ops::Keys::Rows { .. } => (0, 0, 0, 1),
+        ops::Keys::Pages { pages, page_size, .. } => {
+            let table = c.table("pages", pages)?;
+            (table.start, table.rows, table.cols, page_size)
+        }
+    };
+    let (head_dim, group) = (c.int("head", shape.head_dim)?, c.int("group", shape.heads / shape.kv_heads)?);
+    let arguments = Arguments::new().place(&q).place(&k).place(&v).size(k.rows).pointer(pages).size(slots);
+    let arguments = arguments.size(a_slot).int(c.int("page", page_size)?).pointer(segments.table);
+    let arguments = arguments.int(c.int("segments", segments.capacity)?).size(q.rows).int(group).float(shape.scale);
+    let arguments = arguments.size(window(shape)).place(&out).maybe_place(lse);
+    let head_dim = ("HEAD_DIM", Value::Number(head_dim));
+    // A step of decoding has about a row a segment: few rows a block, and the keys split over many blocks.
+    let decoding = q.rows <= 2 * segments.capacity;
+    let (warps, m_tiles) = if decoding { (1, 1) } else { (4, 2) };
+    let rows = warps * m_tiles * 16;
+    if !on_tensor_cores(shape, rows, &[&q, &k, &v, &out]) {
+        let defines = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim];
+        return c.launch((&source::ATTENTION, "attention"), &defines, by_rows(c, q.rows, shape.heads)?, &arguments);
+    }
+    let keys = if pages == 0 { k.rows } else { a_slot.saturating_mul(page_size) };
+    let parts = if decoding { parts(c.limits(), segments.capacity * shape.kv_heads, keys) } else { 1 };
+    let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
+    let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
+    let arguments = arguments.pointer(partial_out).pointer(partial_lse);
+    let tiles = q.rows / (rows / group as usize) + segments.capacity;
+    let grid = [c.int("heads", shape.kv_heads)?, along(c, "tiles of queries", tiles)?, parts as u32];
+    let shared_bytes = ((rows + 4 * KEYS) * shape.head_dim * 2) as u32;
+    let blocks = Shape { grid, block: [32 * warps as u32, 1, 1], shared_bytes };
+    let number = |value: usize| Value::Number(value as u32);
+    let defines = [("T_X", q.of()), head_dim, ("WARPS", number(warps)), ("M_TILES", number(m_tiles))];
+    let source = &source::ATTENTION_MMA;
+    c.launch((source, "attention_mma"), &defines, blocks, &arguments)?;
+    if parts == 1 {
+        return Ok(());
+    }
+    let arguments = Arguments::new().pointer(partial_out).pointer(partial_lse).int(parts as u32).size(q.rows);
+    let arguments = arguments.int(c.int("heads", shape.heads)?).place(&out).maybe_place(lse);
+    c.launch((source, "attention_combine"), &defines, by_rows(c, q.rows * shape.heads, 1)?, &arguments)
+}
+
+pub(in crate::backend::cuda) fn attention_backward(c: &mut Call, op: &ops::AttentionBackward) -> Result<()> {
+    let shape = &op.shape;
+    let (q, k, out) = (c.floats("q", op.q)?, c.floats("k", op.k)?, c.floats("out", op.out)?);
+    let (v, segments, lse) = (c.like("v", op.v, &k)?, c.segments(&op.segments)?, c.f32("lse", op.lse)?);
+    let (dout, dq, dk) = (c.floats("dout", op.dout)?, c.floats("dq", op.dq)?, c.floats("dk", op.dk)?);
+    let dv = c.like("dv", op.dv, &dk)?;
+    let (heads, group) = (c.int("heads", shape.heads)?, c.int("group", shape.heads / shape.kv_heads)?);
+    let (capacity, kv_heads) = (c.int("segments", segments.capacity)?, c.int("heads", shape.kv_heads)?);
+    let head_dim = ("HEAD_DIM", Value::Number(c.int("head", shape.head_dim)?));
+    let types = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), ("T_DOUT", dout.of()), ("T_DQ", dq.of())];
+    let mut defines = types.to_vec();
+    defines.extend([("T_DKV", dk.of()), head_dim]);
+    let [delta] = c.scratch([4 * q.rows * shape.heads])?;
+
+    let plain = &source::ATTENTION_BACKWARD;
+    let arguments = Arguments::new().place(&out).place(&dout).size(q.rows).int(heads).pointer(delta);
+    c.launch((plain, "attention_delta"), &defines, by_rows(c, q.rows * shape.heads, 1)?, &arguments)?;
+
+    let inputs = Arguments::new().place(&q).place(&k).place(&v).size(k.rows).pointer(segments.table).int(capacity);
+    let inputs = inputs.size(q.rows).int(heads).int(group).float(shape.scale).size(window(shape)).place(&lse);
+    let inputs = inputs.pointer(delta).place(&dout);
+    let (of_dq, of_dkv) = (inputs.clone().place(&dq), inputs.place(&dk).place(&dv));
+    if !on_tensor_cores(shape, KEYS, &[&q, &k, &v, &dout, &dq, &dk, &dv]) {
+        c.launch((plain, "attention_dq"), &defines, by_rows(c, q.rows, shape.heads)?, &of_dq)?;
+        return c.launch((plain, "attention_dkv"), &defines, by_rows(c, k.rows, shape.kv_heads)?, &of_dkv);
+    }
+    let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
+    let query_tiles = along(c, "tiles of queries", q.rows / (DQ_ROWS / group as usize) + segments.capacity)?;
+    let key_tiles = along(c, "tiles of keys", k.rows / KEYS + segments.capacity)?;
+    let blocks = |tiles, threads, shared_bytes: usize| {
+        Shape { grid: [kv_heads, tiles, 1], block: [threads, 1, 1], shared_bytes: shared_bytes as u32 }
+    };
+    let by_queries = blocks(query_tiles, 256, (2 * DQ_ROWS + 4 * KEYS) * shape.head_dim * 2);
+    c.launch((source, "attention_dq_mma"), &defines, by_queries, &of_dq)?;
+    let by_keys = blocks(key_tiles, 128, 6 * KEYS * shape.head_dim * 2 + 4 * KEYS * 4);
+    c.launch((source, "attention_dkv_mma"), &defines, by_keys, &of_dkv)?;
+    let rest = Arguments::new().pointer(segments.table).int(capacity).size(k.rows).int(c.int("columns", dk.cols)?);
+    let few = Shape { grid: [64, 1, 1], block: [128, 1, 1], shared_bytes: 0 };
+    c.launch((source, "attention_no_keys"), &defines, few, &rest.place(&dk).place(&dv))
+}

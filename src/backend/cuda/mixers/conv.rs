@@ -1,0 +1,100 @@
+//! The convolution's launches: `kernels/conv1d.cu` and `kernels/conv1d_backward.cu`.
+
+use crate::backend::cuda::call::{Call, each};
+use crate::backend::cuda::driver::{Arguments, Shape};
+use crate::backend::cuda::source::{self, Value};
+use crate::backend::{Largest, Result, ops};
+
+/// Rows that a block takes, CONV_ROWS of the kernels.
+const ROWS: usize = 64;
+/// Input channels that a block of the backward takes, CONV_CHANNELS there.
+const CHANNELS: usize = 32;
+/// Threads of a block.
+const THREADS: usize = 128;
+
+/// Bytes of scratch that calls of these sizes take, for filters of four taps.
+pub(super) fn scratch_bytes(largest: &Largest) -> usize {
+    partial_bytes(largest.tokens, largest.width, 4)
+}
+
+/// Bytes of the row blocks' sums of a filter's taps and bias.
+fn partial_bytes(tokens: usize, filters: usize, taps: usize) -> usize {
+    tokens.div_ceil(ROWS).saturating_mul(filters).saturating_mul(4 * (taps + 1))
+}
+
+pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result<()> {
+    let shape = &op.shape;
+    let x = c.floats("projected", op.projected)?.columns(op.x_col, shape.channels_in);
+    let weight = c.floats("weight", op.weight)?;
+    let bias = op.bias.map(|bias| c.like("bias", bias, &weight)).transpose()?;
+    let (state_in, state_out) = (c.maybe_f32("state_in", op.state_in)?, c.maybe_f32("state_out", op.state_out)?);
+    let (segments, out) = (c.segments(&op.segments)?, c.floats("out", op.out)?);
+    let (channels_in, channels_out) = (c.int("channels", shape.channels_in)?, c.int("channels", out.cols)?);
+    let (capacity, taps) = (c.int("segments", segments.capacity)?, c.int("taps", shape.width)?);
+    let slots = state_in.map_or(0, |state| state.rows);
+    let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("TAPS", Value::Number(taps))];
+
+    let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).int(capacity);
+    let arguments = arguments.size(x.rows).int(channels_out).int(c.int("head", shape.head)?);
+    let arguments = arguments.int(c.int("repeat", shape.repeat)?).int(shape.repeat_first.into());
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&out);
+    let grid = [c.int("row blocks", x.rows.div_ceil(ROWS))?, out.cols.div_ceil(THREADS).min(65535) as u32, 1];
+    let by_columns = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: 0 };
+    c.launch((&source::CONV1D, "conv1d"), &defines, by_columns, &arguments)?;
+
+    let Some(state_out) = state_out else { return Ok(()) };
+    let arguments = Arguments::new().place(&x).pointer(segments.table).size(x.rows).int(channels_in);
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&state_out).size(state_out.rows);
+    c.launch((&source::CONV1D, "conv1d_state"), &defines, each(segments.capacity, shape.channels_in), &arguments)
+}
+
+pub(in crate::backend::cuda) fn conv1d_backward(c: &mut Call, op: &ops::Conv1dBackward) -> Result<()> {
+    let shape = &op.shape;
+    let x = c.floats("projected", op.projected)?.columns(op.x_col, shape.channels_in);
+    let weight = c.floats("weight", op.weight)?;
+    let bias = op.bias.map(|bias| c.like("bias", bias, &weight)).transpose()?;
+    let (state_in, segments) = (c.maybe_f32("state_in", op.state_in)?, c.segments(&op.segments)?);
+    let (dout, dstate_out) = (c.floats("dout", op.dout)?, c.maybe_f32("dstate_out", op.dstate_out)?);
+    let dx = c.floats("dprojected", op.dprojected)?.columns(op.x_col, shape.channels_in);
+    let (dweight, dbias) = (c.maybe_f32("dweight", op.dweight)?, c.maybe_f32("dbias", op.dbias)?);
+    let dstate_in = c.maybe_f32("dstate_in", op.dstate_in)?;
+    let (filters, head) = (c.int("filters", shape.filters())?, c.int("head", shape.head)?);
+    let (taps, repeat) = (c.int("taps", shape.width)?, c.int("repeat", shape.repeat)?);
+    let (capacity, channels_in) = (c.int("segments", segments.capacity)?, c.int("channels", shape.channels_in)?);
+    let (slots, dstate_slots) = (state_in.map_or(0, |state| state.rows), dstate_out.map_or(0, |state| state.rows));
+    let types = [("T_X", x.of()), ("T_W", weight.of()), ("T_DOUT", dout.of()), ("T_DX", dx.of())];
+    let [of_x, of_w, of_dout, of_dx] = types;
+    let defines =
+        [of_x, of_w, of_dout, of_dx, ("TAPS", Value::Number(taps)), ("REPEAT", Value::Number(repeat))];
+    let row_blocks = x.rows.div_ceil(ROWS);
+    let [partial] = c.scratch([partial_bytes(x.rows, shape.filters(), shape.width)])?;
+
+    let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).int(capacity);
+    let arguments = arguments.size(x.rows).int(filters).int(head).int(shape.repeat_first.into());
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&dout);
+    let arguments = arguments.maybe_place(dstate_out).size(dstate_slots).place(&dx).pointer(partial);
+    let columns = shape.repeat.saturating_mul(CHANNELS);
+    let shared_bytes = (4 * (ROWS + shape.width - 1 + shape.width + 1)).saturating_mul(columns);
+    if shared_bytes + 1024 > c.limits().shared_bytes {
+        return Err(c.unsupported("a convolution", format!("{} taps after {} repeats", shape.width, shape.repeat)));
+    }
+    let tiles = c.int("tiles", shape.channels_in / shape.head * shape.head.div_ceil(CHANNELS))?;
+    let grid = [c.int("row blocks", row_blocks)?, tiles, 1];
+    let by_tiles = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: shared_bytes as u32 };
+    c.launch((&source::CONV1D_BACKWARD, "conv1d_backward"), &defines, by_tiles, &arguments)?;
+
+    if dweight.is_some() || dbias.is_some() {
+        let arguments = Arguments::new().pointer(partial).int(row_blocks as u32).int(filters);
+        let arguments = arguments.maybe_place(dweight).maybe(dbias);
+        let sums = each(1, shape.filters() * (shape.width + 1));
+        let by_filter = Shape { grid: [sums.grid[1], 1, 1], ..sums };
+        c.launch((&source::CONV1D_BACKWARD, "conv1d_backward_sum"), &defines, by_filter, &arguments)?;
+    }
+    let Some(dstate_in) = dstate_in else { return Ok(()) };
+    let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).size(x.rows);
+    let arguments = arguments.int(channels_in).int(head).int(shape.repeat_first.into());
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&dout);
+    let arguments = arguments.maybe_place(dstate_out).size(dstate_slots).place(&dstate_in).size(dstate_in.rows);
+    let by_channels = each(segments.capacity, shape.channels_in);
+    c.launch((&source::CONV1D_BACKWARD, "conv1d_backward_state"), &defines, by_channels, &arguments)
+}

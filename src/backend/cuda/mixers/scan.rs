@@ -1,0 +1,233 @@
+//! The scan's launches: `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`.
+
+use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
+use crate::backend::cuda::driver::{Arguments, Shape};
+use crate::backend::cuda::source::{self, Value};
+use crate::backend::{Largest, Result, ops};
+
+/// Tokens between two states that forward saves for backward, counted from the start of a segment.
+pub(in crate::backend::cuda) const SCAN_CHUNK: usize = 64;
+/// Tokens that are in shared memory at a time, STEPS of the kernels.
+const STEPS: usize = 32;
+
+/// How a tile of channels lies in a block.
+#[derive(Clone, Copy)]
+struct Tiles {
+    d_state: usize,
+    /// Lanes of a channel.
+    lanes: usize,
+    /// Channels of a tile.
+    tile: usize,
+    /// Tokens whose states the backward holds in registers.
+    held: usize,
+    /// Neighbouring channels that share both groups.
+    run: usize,
+    /// Tiles in all.
+    count: usize,
+    /// Channels of a group of B, and of C.
+    per_group: [usize; 2],
+}
+
+impl Tiles {
+    /// None if a channel has too many states.
+    fn new(inputs: &ops::ScanInputs) -> Option<Self> {
+        let (lanes, widest, held) = match inputs.d_state() {
+            0..=16 => (4, 16, 8),
+            17..=32 => (8, 16, 8),
+            33..=64 => (16, 8, 8),
+            65..=128 => (32, 4, 8),
+            129..=256 => (32, 4, 4),
+            _ => return None,
+        };
+        let per_group = [inputs.groups_b, inputs.groups_c].map(|groups| inputs.channels() / groups);
+        let run = gcd(per_group[0], per_group[1]);
+        let tile = run.next_power_of_two().clamp(32 / lanes, widest);
+        let count = inputs.channels() / run * run.div_ceil(tile);
+        Some(Tiles { d_state: inputs.d_state(), lanes, tile, held, run, count, per_group })
+    }
+
+    fn threads(&self) -> usize {
+        self.tile * self.lanes
+    }
+
+    /// States of a channel, those past the last included.
+    fn padded(&self) -> usize {
+        self.d_state.next_multiple_of(self.lanes)
+    }
+
+    /// Tiles of a group of B, and of C.
+    fn a_group(&self) -> [usize; 2] {
+        self.per_group.map(|channels| channels / self.run * self.run.div_ceil(self.tile))
+    }
+
+    /// Whether the values that a thread loads at once are aligned in all of these.
+    fn vector(&self, places: &[Place]) -> bool {
+        let own = STEPS / self.lanes;
+        let aligned = |place: &Place| place.alignment() >= (own * place.dtype.size()).min(16);
+        self.run.is_multiple_of(own) && places.iter().all(aligned)
+    }
+
+    fn shape(&self, segments: &SegmentsPlace, shared_bytes: usize) -> Shape {
+        let grid = [self.count as u32, segments.capacity as u32, 1];
+        Shape { grid, block: [self.threads() as u32, 1, 1], shared_bytes: shared_bytes as u32 }
+    }
+
+    fn forward_shared_bytes(&self) -> usize {
+        4 * STEPS * (2 * self.tile + 2 * self.padded() + self.threads())
+    }
+
+    fn backward_shared_bytes(&self) -> usize {
+        let states = self.padded() * self.tile;
+        let chunk = SCAN_CHUNK * (3 * self.tile + 2 * self.padded()) + SCAN_CHUNK / self.held * states;
+        4 * (chunk + 3 * self.held * self.threads() + self.threads() / 32 * self.held * 2 * self.padded())
+    }
+
+    fn number(value: usize) -> Value {
+        Value::Number(value as u32)
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The macros of the layouts that calls ask for as a rule: 16 states, aligned and not, and the most of each kind.
+pub(super) fn layouts() -> Vec<Vec<(&'static str, Value)>> {
+    let layouts = [(16, 4, 16, 8, 1), (16, 4, 16, 8, 0), (32, 8, 16, 8, 0), (64, 16, 8, 8, 0), (128, 32, 4, 8, 0), (256, 32, 4, 4, 0)];
+    let names = ["D_STATE", "LANES", "TILE", "HELD", "VECTOR"];
+    let defines = |(d_state, lanes, tile, held, vector)| names.into_iter().zip([d_state, lanes, tile, held, vector]);
+    layouts.into_iter().map(|layout| defines(layout).map(|(name, n)| (name, Value::Number(n))).collect()).collect()
+}
+
+/// Where the inputs of a scan lie.
+struct Inputs {
+    tiles: Tiles,
+    u: Place,
+    delta: Place,
+    projected: Place,
+    segments: SegmentsPlace,
+    /// The parameters SCAN_INPUTS of the kernels.
+    arguments: Arguments,
+}
+
+impl Inputs {
+    fn new(c: &Call, inputs: &ops::ScanInputs) -> Result<Self> {
+        let states = |_| c.unsupported("a scan", format!("{} states a channel", inputs.d_state()));
+        let tiles = Tiles::new(inputs).ok_or(()).map_err(states)?;
+        let (u, delta, a) = (c.floats("u", inputs.u)?, c.floats("delta", inputs.delta)?, c.f32("a", inputs.a)?);
+        let projected = c.floats("projected", inputs.projected)?;
+        let (d, bias) = (c.maybe_f32("d", inputs.d)?, c.maybe_f32("delta_bias", inputs.delta_bias)?);
+        let (segments, state_in) = (c.segments(&inputs.segments)?, c.maybe_f32("state_in", inputs.state_in)?);
+        if segments.capacity > 65535 {
+            return Err(c.unsupported("a scan", format!("{} segments", segments.capacity)));
+        }
+        let (channels, d_state) = (inputs.channels(), inputs.d_state());
+        let b = projected.columns(inputs.b_col, inputs.groups_b * d_state);
+        let of_c = projected.columns(inputs.c_col, inputs.groups_c * d_state);
+        let z = inputs.z_col.map(|col| projected.columns(col, channels));
+        c.int("channels", channels)?;
+        let arguments = Arguments::new().place(&u).place(&delta).place(&a).place(&b).place(&of_c).maybe_place(z);
+        let arguments = arguments.maybe(d).maybe(bias).int(inputs.softplus.into()).pointer(segments.table);
+        let arguments = arguments.size(u.rows).int(tiles.run as u32).int(tiles.per_group[0] as u32);
+        let arguments = arguments.int(tiles.per_group[1] as u32).maybe_place(state_in);
+        let arguments = arguments.size(state_in.map_or(0, |state| state.rows));
+        Ok(Inputs { tiles, u, delta, projected, segments, arguments })
+    }
+
+    /// Where B, C and z lie in a matrix with the columns of `projected`, to see whether they are aligned.
+    fn parts(&self, inputs: &ops::ScanInputs, matrix: &Place) -> impl Iterator<Item = Place> {
+        let matrix = *matrix;
+        let columns_of = [Some(inputs.b_col), Some(inputs.c_col), inputs.z_col];
+        columns_of.into_iter().flatten().map(move |col| matrix.columns(col, 0))
+    }
+
+    /// The macros of scan.cuh.
+    fn defines(&self, vector: bool) -> [(&'static str, Value); 7] {
+        let tiles = &self.tiles;
+        [
+            ("T_U", self.u.of()),
+            ("T_DELTA", self.delta.of()),
+            ("T_P", self.projected.of()),
+            ("D_STATE", Tiles::number(tiles.d_state)),
+            ("LANES", Tiles::number(tiles.lanes)),
+            ("TILE", Tiles::number(tiles.tile)),
+            ("VECTOR", Tiles::number(vector.into())),
+        ]
+    }
+}
+
+/// Bytes of scratch that calls of these sizes take.
+pub(super) fn scratch_bytes(largest: &Largest) -> usize {
+    let (by_token, by_segment) = (largest.state / 16, largest.state.saturating_add(2 * largest.width));
+    let partials = largest.tokens.saturating_mul(by_token).saturating_mul(2);
+    partials.saturating_add(largest.segments.saturating_mul(by_segment)).saturating_mul(4)
+}
+
+pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
+    let inputs = Inputs::new(c, &op.inputs)?;
+    let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
+    let out = c.floats("out", op.out)?;
+    let mut places = vec![inputs.u, inputs.delta, out];
+    places.extend(inputs.parts(&op.inputs, &inputs.projected));
+    let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
+    defines.push(("T_OUT", out.of()));
+    let arguments = inputs.arguments.maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
+    let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
+    let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes());
+    c.launch((&source::SELECTIVE_SCAN, "selective_scan"), &defines, shape, &arguments)
+}
+
+pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::SelectiveScanBackward) -> Result<()> {
+    let inputs = Inputs::new(c, &op.inputs)?;
+    let (tiles, tokens) = (inputs.tiles, inputs.u.rows);
+    let (channels, d_state, capacity) = (op.inputs.channels(), tiles.d_state, inputs.segments.capacity);
+    let (saved, dout) = (c.f32("saved", op.saved)?, c.floats("dout", op.dout)?);
+    let dstate_out = c.maybe_f32("dstate_out", op.dstate_out)?;
+    let (du, ddelta, da) = (c.floats("du", op.du)?, c.floats("ddelta", op.ddelta)?, c.f32("da", op.da)?);
+    let dprojected = c.floats("dprojected", op.dprojected)?;
+    let (dd, dbias) = (c.maybe_f32("dd", op.dd)?, c.maybe_f32("ddelta_bias", op.ddelta_bias)?);
+    let dstate_in = c.maybe_f32("dstate_in", op.dstate_in)?;
+
+    let mut places = vec![inputs.u, inputs.delta, dout, du, ddelta];
+    places.extend(inputs.parts(&op.inputs, &inputs.projected).chain(inputs.parts(&op.inputs, &dprojected)));
+    let mut defines = inputs.defines(tiles.vector(&places)).to_vec();
+    let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
+    defines.extend(types.map(|(name, place)| (name, place.of())));
+    defines.push(("HELD", Tiles::number(tiles.held)));
+
+    let a_group = tiles.a_group();
+    let by_token = a_group.map(|count| if count > 1 { 4 * tokens * tiles.count * d_state } else { 0 });
+    let [partial_b, partial_c, partial_a, partial_d] =
+        c.scratch([by_token[0], by_token[1], 4 * capacity * channels * d_state, 8 * capacity * channels])?;
+    let partials = [(partial_b, by_token[0]), (partial_c, by_token[1])];
+    let [given_b, given_c] = partials.map(|(pointer, bytes)| if bytes > 0 { pointer } else { 0 });
+    let db = dprojected.columns(op.inputs.b_col, op.inputs.groups_b * d_state);
+    let dc = dprojected.columns(op.inputs.c_col, op.inputs.groups_c * d_state);
+    let dz = dprojected.columns(op.inputs.z_col.unwrap_or(0), channels);
+
+    let arguments = inputs.arguments.place(&saved).size(saved.rows).place(&dout).maybe_place(dstate_out);
+    let arguments = arguments.size(dstate_out.map_or(0, |state| state.rows)).place(&du).place(&ddelta).place(&dz);
+    let arguments = arguments.place(&db).place(&dc).pointer(given_b).pointer(given_c).pointer(partial_a);
+    let arguments = arguments.pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
+    let arguments = arguments.size(dstate_in.map_or(0, |state| state.rows));
+    let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes());
+    if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
+        return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
+    }
+    let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
+    c.launch((source, "selective_scan_backward"), &defines, shape, &arguments)?;
+
+    for ((partial, bytes), (count, out)) in partials.into_iter().zip(a_group.into_iter().zip([db, dc])) {
+        if bytes > 0 {
+            let arguments = Arguments::new().pointer(partial).size(tokens).int(tiles.count as u32);
+            let arguments = arguments.int(count as u32).int(d_state as u32).place(&out);
+            c.launch((&source::SCAN_SUMS, "scan_group_sum"), &[of_dp], each(tokens, out.cols), &arguments)?;
+        }
+    }
+    let arguments = Arguments::new().pointer(partial_a).pointer(partial_d).pointer(inputs.segments.table);
+    let arguments = arguments.int(capacity as u32).size(tokens).int(channels as u32);
+    let arguments = arguments.int(d_state as u32).place(&da).maybe(dd).maybe(dbias);
+    let sums = each(1, channels * (d_state + 2));
+    let by_value = Shape { grid: [sums.grid[1], 1, 1], ..sums };
+    c.launch((&source::SCAN_SUMS, "scan_segment_sum"), &[of_dp], by_value, &arguments)
+}

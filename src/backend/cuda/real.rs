@@ -1,0 +1,453 @@
+//! The driver of a card: CUDA's driver interface, NVRTC and cuBLASLt, all found when the program runs. One stream takes all
+//! calls in order.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUmemorytype, CUresult};
+
+use super::blas::{self, Blas, WORKSPACE};
+use super::cache::Cache;
+use super::driver::{Arguments, Driver, Finish, Kernel, Limits, Pointer, Product, Region, Shape};
+use super::source::{HEADERS, KernelKey, ModuleKey};
+use super::staging::{Arrival, Ring, SLOT, Spare};
+use super::{compiler, libraries};
+use crate::backend::{Error, Result};
+
+/// The oldest driver, by the version of CUDA that it knows.
+const OLDEST: (u32, u32) = (12, 0);
+
+fn unavailable(why: impl Into<String>) -> Error {
+    Error::Unavailable { backend: "cuda".into(), why: why.into() }
+}
+
+/// What the driver calls a result.
+fn message(result: CUresult) -> String {
+    let mut text = std::ptr::null();
+    // SAFETY: writes the address of a text with an end, or null.
+    unsafe {
+        sys::cuGetErrorString(result, &mut text);
+        if text.is_null() { format!("{result:?}") } else { CStr::from_ptr(text).to_string_lossy().into_owned() }
+    }
+}
+
+/// A result of the driver, where a device did something.
+pub fn check(device: &str, what: &str, result: CUresult) -> Result<()> {
+    if result == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    Err(Error::Failed { device: device.into(), what: what.into(), why: message(result) })
+}
+
+/// The card of a number, with the driver's version, once driver and libraries are known to be there.
+fn find(ordinal: i32) -> Result<(CUdevice, Limits)> {
+    // SAFETY: looks for the library.
+    let driver = libraries::preload_unless(&["libcuda.so"], || unsafe { sys::is_culib_present() });
+    driver.ok_or_else(|| unavailable("no NVIDIA driver (libcuda.so.1) was found"))?;
+    let opened = |result| match result {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        CUresult::CUDA_ERROR_NO_DEVICE => Err(unavailable("the NVIDIA driver finds no card")),
+        other => Err(unavailable(format!("the NVIDIA driver does not start: {}", message(other)))),
+    };
+    let (mut device, mut version, mut bytes, mut name) = (0, 0, 0, [0u8; 256]);
+    // SAFETY: each writes what it is given room for.
+    unsafe {
+        opened(sys::cuInit(0))?;
+        opened(sys::cuDriverGetVersion(&mut version))?;
+        opened(sys::cuDeviceGet(&mut device, ordinal))?;
+        opened(sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32 - 1, device))?;
+        opened(sys::cuDeviceTotalMem_v2(&mut bytes, device))?;
+    }
+    let version = version.unsigned_abs();
+    let version = (version / 1000, version % 1000 / 10);
+    if version < OLDEST {
+        let ((major, minor), (least, _)) = (version, OLDEST);
+        return Err(unavailable(format!("the NVIDIA driver knows CUDA {major}.{minor}; {least}.0 or later is needed")));
+    }
+    let (major, minor) = compiler::version().map_err(unavailable)?;
+    if major > version.0 {
+        let why = format!(
+            "NVRTC is of CUDA {major}.{minor}, which the driver, of CUDA {}.{}, is too old for",
+            version.0, version.1
+        );
+        return Err(unavailable(why));
+    }
+    blas::present().map_err(unavailable)?;
+    let number = |attribute| {
+        let mut value = 0;
+        // SAFETY: writes a number.
+        opened(unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) }).map(|()| value.unsigned_abs())
+    };
+    let capability = (
+        number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let name = CStr::from_bytes_until_nul(&name).map(CStr::to_string_lossy).unwrap_or_default().into_owned();
+    if capability < (8, 0) {
+        let (major, minor) = capability;
+        return Err(unavailable(format!("{name} is of architecture {major}.{minor}; 8.0 or later is needed")));
+    }
+    let limits = Limits {
+        name,
+        capability,
+        multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        shared_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+        memory_bytes: bytes,
+    };
+    Ok((device, limits))
+}
+
+/// A card in words.
+pub fn describe(ordinal: i32) -> Result<String> {
+    find(ordinal).map(|(_, limits)| super::words(&limits))
+}
+
+/// A card's context and its one stream.
+pub struct Context {
+    /// The card's name.
+    pub name: String,
+    /// The stream.
+    pub stream: sys::CUstream,
+    context: sys::CUcontext,
+    device: CUdevice,
+}
+
+// SAFETY: the driver's handles may be used by any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    fn new(device: CUdevice, name: &str) -> Result<Self> {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: writes a handle.
+        check(name, "opening the card", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        let mut opened = Context { name: name.into(), stream: std::ptr::null_mut(), context, device };
+        opened.enter()?;
+        let own = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes a handle; the context is current.
+        check(name, "making a stream", unsafe { sys::cuStreamCreate(&mut opened.stream, own) })?;
+        Ok(opened)
+    }
+
+    /// Makes it the calling thread's.
+    pub fn enter(&self) -> Result<()> {
+        // SAFETY: a context that is retained.
+        self.check("entering the context", unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    /// A result of the driver.
+    pub fn check(&self, what: &str, result: CUresult) -> Result<()> {
+        check(&self.name, what, result)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: the card's own handles; the stream finishes what it has.
+        unsafe {
+            if !self.stream.is_null() {
+                sys::cuStreamDestroy_v2(self.stream);
+            }
+            sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}
+
+/// What changes from call to call.
+struct Parts {
+    ring: Ring,
+    blas: Blas,
+    modules: HashMap<ModuleKey, sys::CUmodule>,
+    kernels: Vec<(sys::CUfunction, &'static str)>,
+}
+
+// SAFETY: the driver's handles may be used by any thread.
+unsafe impl Send for Parts {}
+
+/// A card.
+pub struct Card {
+    limits: Limits,
+    compiler: (u32, u32),
+    cache: Cache,
+    parts: Mutex<Parts>,
+    spare: Spare,
+    /// Last, so that all else is gone before it.
+    context: Arc<Context>,
+}
+
+impl Card {
+    /// Opens the card of a number.
+    ///
+    /// # Errors
+    /// When the driver or a library is missing or too old, or there is no such card: says which.
+    pub fn open(ordinal: i32) -> Result<Self> {
+        let (device, limits) = find(ordinal)?;
+        let compiler = compiler::version().map_err(unavailable)?;
+        let context = Arc::new(Context::new(device, &limits.name)?);
+        keep_freed_memory(&context, device)?;
+        let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
+        let cache = Cache::of_user();
+        let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
+        let parts = Parts { ring: Ring::new(&context)?, blas, modules: HashMap::new(), kernels: Vec::new() };
+        Ok(Card { limits, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self, what: impl Into<String>, why: impl Into<String>) -> Error {
+        Error::Failed { device: self.limits.name.clone(), what: what.into(), why: why.into() }
+    }
+
+    /// The code of a module, from the cache or from the compiler.
+    fn cubin(&self, module: &ModuleKey) -> Result<Vec<u8>> {
+        let (text, architecture) = (module.text(), compiler::architecture(self.limits.capability));
+        let identity = compiler::identity(self.compiler, &architecture);
+        let headers = HEADERS.map(|header| (header.name, header.text));
+        let mut parts = vec![identity.as_str(), &text];
+        parts.extend(headers.iter().flat_map(|&(name, text)| [name, text]));
+        let entry = Cache::name(&parts);
+        if let Some(cubin) = self.cache.get(&entry) {
+            return Ok(cubin);
+        }
+        let compiled = compiler::compile(&text, &headers, &architecture);
+        let cubin = compiled.map_err(|log| self.failed(format!("compiling {module}"), log))?.cubin;
+        self.cache.put(&entry, &cubin);
+        Ok(cubin)
+    }
+
+    fn module(&self, parts: &mut Parts, key: &ModuleKey) -> Result<sys::CUmodule> {
+        if let Some(&module) = parts.modules.get(key) {
+            return Ok(module);
+        }
+        let cubin = self.cubin(key)?;
+        let mut module = std::ptr::null_mut();
+        // SAFETY: a cubin, whole; the context is current.
+        let result = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
+        self.context.check(&format!("loading {key}"), result)?;
+        parts.modules.insert(key.clone(), module);
+        Ok(module)
+    }
+
+    /// Lets a kernel ask for as much shared memory as the card has beside what it declares.
+    fn allow_shared(&self, function: sys::CUfunction) -> Result<()> {
+        let mut declared = 0;
+        let (size, most) = (
+            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        );
+        // SAFETY: writes a number, and sets one, of a function that is loaded.
+        unsafe {
+            self.context.check("asking a kernel", sys::cuFuncGetAttribute(&mut declared, size, function))?;
+            let rest = self.limits.shared_bytes as i32 - declared;
+            self.context.check("setting up a kernel", sys::cuFuncSetAttribute(function, most, rest))
+        }
+    }
+}
+
+/// The pool keeps what was freed, so that a step that allocates what it freed before costs the driver nothing.
+fn keep_freed_memory(context: &Context, device: CUdevice) -> Result<()> {
+    let (mut pool, mut most) = (std::ptr::null_mut(), u64::MAX);
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: writes a handle, then reads a number.
+    unsafe {
+        context.check("finding the memory pool", sys::cuDeviceGetDefaultMemPool(&mut pool, device))?;
+        let value = std::ptr::from_mut(&mut most).cast();
+        context.check("setting up the memory pool", sys::cuMemPoolSetAttribute(pool, threshold, value))
+    }
+}
+
+fn allocate(context: &Context, limits: &Limits, bytes: usize, what: &str) -> Result<Pointer> {
+    let none = || Error::OutOfMemory { device: limits.name.clone(), what: what.into(), bytes };
+    if bytes > limits.memory_bytes {
+        return Err(none());
+    }
+    context.enter()?;
+    let mut start = 0;
+    // SAFETY: writes an address; the memory is set before anything reads it.
+    unsafe {
+        match sys::cuMemAllocAsync(&mut start, bytes.max(1), context.stream) {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(none()),
+            result => context.check("allocating memory", result)?,
+        }
+        context.check("clearing memory", sys::cuMemsetD8Async(start, 0, bytes.max(1), context.stream))?;
+    }
+    Ok(start)
+}
+
+/// A copy of rows between the device and pinned memory without gaps.
+fn copy_rows(region: Region, pinned: *mut std::ffi::c_void, to_device: bool) -> sys::CUDA_MEMCPY2D {
+    let (host, device) = (CUmemorytype::CU_MEMORYTYPE_HOST, CUmemorytype::CU_MEMORYTYPE_DEVICE);
+    let (from, to) = if to_device { (host, device) } else { (device, host) };
+    let pitch = |kind| if kind == host { region.width } else { region.pitch };
+    sys::CUDA_MEMCPY2D {
+        srcXInBytes: 0,
+        srcY: 0,
+        srcMemoryType: from,
+        srcHost: pinned,
+        srcDevice: region.start,
+        srcArray: std::ptr::null_mut(),
+        srcPitch: pitch(from),
+        dstXInBytes: 0,
+        dstY: 0,
+        dstMemoryType: to,
+        dstHost: pinned,
+        dstDevice: region.start,
+        dstArray: std::ptr::null_mut(),
+        dstPitch: pitch(to),
+        WidthInBytes: region.width,
+        Height: region.rows,
+    }
+}
+
+/// Rows without gaps are one row.
+fn joined(region: Region) -> Region {
+    if region.rows == 1 || region.pitch == region.width {
+        let width = region.width * region.rows;
+        return Region { width, rows: 1, pitch: width, ..region };
+    }
+    region
+}
+
+/// Cuts a region into parts of at most [`SLOT`] bytes, in the order of their bytes.
+fn parts_of(region: Region) -> impl Iterator<Item = Region> {
+    let region = joined(region);
+    let rows = if region.width <= SLOT { (SLOT / region.width.max(1)).max(1) } else { 1 };
+    let width = region.width.min(SLOT);
+    (0..region.rows).step_by(rows).flat_map(move |row| {
+        (0..region.width).step_by(width.max(1)).map(move |byte| Region {
+            start: region.start + (row * region.pitch + byte) as u64,
+            width: width.min(region.width - byte),
+            rows: rows.min(region.rows - row),
+            pitch: region.pitch,
+        })
+    })
+}
+
+impl Driver for Card {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn allocate(&self, bytes: usize, what: &str) -> Result<Pointer> {
+        allocate(&self.context, &self.limits, bytes, what)
+    }
+
+    fn free(&self, start: Pointer) {
+        if self.context.enter().is_ok() {
+            // SAFETY: allocated on this stream, which is done with it by then.
+            unsafe { sys::cuMemFreeAsync(start, self.context.stream) };
+        }
+    }
+
+    fn clear(&self, region: Region) -> Result<()> {
+        self.context.enter()?;
+        let Region { start, width, rows, pitch } = joined(region);
+        // SAFETY: the region lies in device memory.
+        let result = unsafe {
+            if rows == 1 {
+                sys::cuMemsetD8Async(start, 0, width, self.context.stream)
+            } else {
+                sys::cuMemsetD2D8Async(start, pitch, 0, width, rows, self.context.stream)
+            }
+        };
+        self.context.check("clearing memory", result)
+    }
+
+    fn upload(&self, from: &[u8], to: Region) -> Result<()> {
+        self.context.enter()?;
+        let (mut parts, mut rest) = (self.parts(), from);
+        for part in parts_of(to) {
+            let bytes = rest.split_off(..part.width * part.rows);
+            let bytes = bytes.ok_or_else(|| self.failed("copying to the device", "too few bytes"))?;
+            // SAFETY: the region lies in device memory, the slot stays until the copy is done.
+            parts.ring.send(&self.context, bytes, |pinned| unsafe {
+                if part.rows == 1 {
+                    sys::cuMemcpyHtoDAsync_v2(part.start, pinned, part.width, self.context.stream)
+                } else {
+                    sys::cuMemcpy2DAsync_v2(&copy_rows(part, pinned, true), self.context.stream)
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn download(&self, from: Region) -> Result<Finish> {
+        self.context.enter()?;
+        let (from, len) = (joined(from), from.width * from.rows);
+        // SAFETY: the region lies in device memory, the pinned memory stays until the copy is done.
+        let arrival = Arrival::start(&self.context, &self.spare, len, |pinned| unsafe {
+            if from.rows == 1 {
+                sys::cuMemcpyDtoHAsync_v2(pinned, from.start, len, self.context.stream)
+            } else {
+                sys::cuMemcpy2DAsync_v2(&copy_rows(from, pinned, false), self.context.stream)
+            }
+        })?;
+        Ok(Box::new(move || arrival.finish(len)))
+    }
+
+    fn load(&self, key: &KernelKey) -> Result<Kernel> {
+        self.context.enter()?;
+        let mut parts = self.parts();
+        let module = self.module(&mut parts, &key.module)?;
+        let name = CString::new(key.entry).map_err(|error| self.failed("naming a kernel", error.to_string()))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: a module that is loaded.
+        let result = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
+        self.context.check(&format!("finding {} in {}", key.entry, key.module), result)?;
+        self.allow_shared(function)?;
+        parts.kernels.push((function, key.entry));
+        Ok(Kernel(parts.kernels.len() - 1))
+    }
+
+    fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
+        self.context.enter()?;
+        let found = self.parts().kernels.get(kernel.0).copied();
+        let (function, name) = found.ok_or_else(|| self.failed("launching", "there is no such kernel"))?;
+        let (Shape { grid, block, shared_bytes }, mut addresses) = (shape, arguments.addresses());
+        // SAFETY: the arguments are those of the kernel, and are read before this returns.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                function,
+                grid[0],
+                grid[1],
+                grid[2],
+                block[0],
+                block[1],
+                block[2],
+                shared_bytes,
+                self.context.stream,
+                addresses.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        self.context.check(name, result)
+    }
+
+    fn product(&self, product: &Product) -> Result<()> {
+        self.context.enter()?;
+        let made = self.parts().blas.product(product, self.context.stream.cast(), &self.cache);
+        made.map_err(|why| self.failed("a product", why))
+    }
+
+    fn synchronise(&self) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the context's own stream.
+        self.context.check("waiting for the device", unsafe { sys::cuStreamSynchronize(self.context.stream) })
+    }
+}
+
+impl Drop for Card {
+    fn drop(&mut self) {
+        if self.synchronise().is_err() {
+            return;
+        }
+        for module in self.parts().modules.values() {
+            // SAFETY: loaded here, and nothing of it runs any more.
+            unsafe { sys::cuModuleUnload(*module) };
+        }
+    }
+}

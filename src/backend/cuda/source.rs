@@ -1,0 +1,130 @@
+//! The kernels' text, which lies inside the binary, and what names a compiled one.
+
+use std::fmt::Write as _;
+
+/// A file of `kernels/`.
+#[derive(Debug)]
+pub struct Source {
+    /// Its name.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+macro_rules! sources {
+    ($($name:ident: $file:literal;)*) => {$(
+        #[doc = concat!("`kernels/", $file, "`.")]
+        pub static $name: Source = Source { name: $file, text: include_str!(concat!("../../../kernels/", $file)) };
+    )*};
+}
+
+sources! {
+    H1: "h1.cuh";
+    PTX: "ptx.cuh";
+    ROWS_OF: "rows_of.cuh";
+    CONV: "conv1d.cuh";
+    SCAN: "scan.cuh";
+    KEYS: "attention.cuh";
+    TILES: "attention_mma.cuh";
+    EMBED: "embed.cu";
+    RMS_NORM: "rms_norm.cu";
+    COLUMNS: "columns.cu";
+    GEMV: "gemv.cu";
+    SWIGLU: "swiglu.cu";
+    ROPE: "rope.cu";
+    PAGE_WRITE: "page_write.cu";
+    NEG_EXP: "neg_exp.cu";
+    HEAD_LOSS: "head_loss.cu";
+    CHOOSE: "choose.cu";
+    ROWS: "rows.cu";
+    MEMORY: "memory.cu";
+    OPTIMISER: "optimiser.cu";
+    CONV1D: "conv1d.cu";
+    CONV1D_BACKWARD: "conv1d_backward.cu";
+    SELECTIVE_SCAN: "selective_scan.cu";
+    SELECTIVE_SCAN_BACKWARD: "selective_scan_backward.cu";
+    SCAN_SUMS: "scan_sums.cu";
+    ATTENTION: "attention.cu";
+    ATTENTION_BACKWARD: "attention_backward.cu";
+    ATTENTION_MMA: "attention_mma.cu";
+    ATTENTION_BACKWARD_MMA: "attention_backward_mma.cu";
+}
+
+/// What every kernel may include.
+pub static HEADERS: [&Source; 7] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS, &TILES];
+
+/// A macro's value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Value {
+    /// A number.
+    Number(u32),
+    /// A type: `float`, `bf16` or `f16`.
+    Type(&'static str),
+}
+
+/// What is compiled at once: a file, and the macros that it is compiled with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ModuleKey {
+    /// The file's name.
+    pub file: &'static str,
+    text: &'static str,
+    defines: Vec<(&'static str, Value)>,
+}
+
+/// A kernel: an `extern "C"` function of a module.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct KernelKey {
+    /// Where it is.
+    pub module: ModuleKey,
+    /// The function.
+    pub entry: &'static str,
+}
+
+impl KernelKey {
+    /// The kernel `entry` of a file.
+    pub fn new(source: &'static Source, entry: &'static str, defines: &[(&'static str, Value)]) -> Self {
+        KernelKey { module: ModuleKey::new(source, defines), entry }
+    }
+}
+
+impl ModuleKey {
+    /// A file compiled with macros.
+    pub fn new(source: &'static Source, defines: &[(&'static str, Value)]) -> Self {
+        ModuleKey { file: source.name, text: source.text, defines: defines.to_vec() }
+    }
+
+    /// The same with one more macro.
+    pub(super) fn with(&self, define: (&'static str, Value)) -> Self {
+        let mut module = self.clone();
+        module.defines.push(define);
+        module
+    }
+
+    /// What a compiler is given: the macros, then the file. Headers are found by name.
+    pub fn text(&self) -> String {
+        let mut text = String::with_capacity(self.text.len() + 256);
+        for (name, value) in &self.defines {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "#define {name} {value}");
+        }
+        let _ = writeln!(text, "#line 1 \"{}\"", self.file);
+        text.push_str(self.text);
+        text
+    }
+}
+
+impl std::fmt::Display for Value {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Value::Number(number) => number.fmt(f),
+            Value::Type(of) => of.fmt(f),
+        }
+    }
+}
+
+impl std::fmt::Display for ModuleKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.file)?;
+        self.defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
+    }
+}
