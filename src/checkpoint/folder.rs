@@ -6,8 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result};
-use super::header::Storage;
-use super::tensor_file::{StoredTensor, Tensor, TensorFile};
+use super::storage::Storage;
+use super::tensor_file::{FLOATS, StoredTensor, Tensor, TensorFile};
 use crate::backend::DType;
 use crate::model::config::{BlockKind, ModelConfig};
 use crate::model::tensors::{EMBED_TOKENS, LM_HEAD, TensorSpec, layer_tensor};
@@ -85,7 +85,7 @@ impl Checkpoint {
         let source = self.sources.get(name).ok_or_else(|| self.missing(name, 0))?;
         let mut tensor = self.files[source.file].tensor(&source.name)?;
         if let Some(rows) = &source.rows {
-            let row_bytes = source.shape[1..].iter().product::<usize>() * tensor.storage.size();
+            let row_bytes = source.shape[1..].iter().product::<usize>() * tensor.storage.block_bytes();
             tensor.bytes = &tensor.bytes[rows.start * row_bytes..rows.end * row_bytes];
         }
         tensor.shape = &source.shape;
@@ -188,7 +188,7 @@ impl Checkpoint {
                 });
             }
             if !tensor.storage.is_float() {
-                return Err(tensor.wrong_storage("F32, BF16, F16 or F64"));
+                return Err(tensor.wrong_storage(FLOATS));
             }
         }
         self.check_unexpected(&specs)
