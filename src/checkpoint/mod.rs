@@ -1,7 +1,8 @@
 //! Reads and writes checkpoints: knows names and dtypes, not maths.
 //!
-//! [`Checkpoint`] is a folder in Hugging Face form, held against its configuration; [`save`] writes one that the
-//! published PyTorch classes load. Below them, [`TensorFile`] reads one safetensors file and [`write_tensors`] writes
+//! [`Checkpoint`] is a folder in Hugging Face form or a GGUF file, held against its configuration; [`save`] writes one that the
+//! published PyTorch classes load. Below them, [`TensorFile`] reads one safetensors file,
+//! [`gguf::GgufFile`] one GGUF file, and [`write_tensors`] writes
 //! one, and [`NewFolder`] makes what is written appear whole or not at all.
 
 mod atomic;

@@ -13,6 +13,7 @@ use super::storage::Storage;
 
 /// What can be decoded.
 pub(super) const FLOATS: &str = "floating-point numbers";
+const FINITE: &str = "a finite number";
 
 /// A tensor on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -190,6 +191,18 @@ impl StoredTensor<'_> {
         Ok(Tensor { shape: self.shape.to_vec(), values })
     }
 
+    /// All values as f32, none of them infinite or no number.
+    ///
+    /// # Errors
+    /// Names the first value that is; or they are not floating-point numbers.
+    pub fn to_finite_f32(&self) -> Result<Tensor> {
+        let tensor = self.to_f32()?;
+        match tensor.values.iter().position(|value| !value.is_finite()) {
+            None => Ok(tensor),
+            Some(at) => Err(self.wrong_value(at, tensor.values[at], FINITE)),
+        }
+    }
+
     /// All values as u32, of any whole-number storage: token ids, lengths, masks.
     ///
     /// # Errors
@@ -226,7 +239,7 @@ impl StoredTensor<'_> {
             let block = &mut block[..BLOCK.min(self.len() - first)];
             self.decode(first, block)?;
             if let Some(at) = block.iter().position(|value| !value.is_finite()) {
-                return Err(self.wrong_value(first + at, block[at], "a finite number"));
+                return Err(self.wrong_value(first + at, block[at], FINITE));
             }
         }
         Ok(())

@@ -7,6 +7,7 @@
 mod blocks;
 mod cursor;
 mod header;
+mod model;
 mod value;
 
 use std::collections::HashMap;
@@ -14,6 +15,7 @@ use std::path::Path;
 
 use self::cursor::Cursor;
 pub(super) use blocks::decode as decode_blocks;
+pub(super) use model::{hub_name, interleaved_heads, is_configuration, model_config};
 pub use value::Kind;
 use value::{Number, Stored, number};
 
@@ -52,6 +54,10 @@ impl GgufFile {
     /// Its tensors, under their names in the file; sizes outermost first.
     pub fn tensors(&self) -> &TensorFile {
         &self.file
+    }
+
+    pub(super) fn into_tensors(self) -> TensorFile {
+        self.file
     }
 
     /// The metadata keys, in no order.
