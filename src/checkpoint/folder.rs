@@ -16,8 +16,8 @@ use crate::model::tensors::{EMBED_TOKENS, LM_HEAD, TensorSpec, layer_tensor};
 
 /// No longer JSON beside the weights is read.
 const LONGEST_JSON: u64 = 1 << 26;
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// A checkpoint whose every tensor is there with the shape that its configuration says. Values are read tensor by
 /// tensor, so it may be larger than memory.
@@ -332,7 +332,7 @@ fn open_files(folder: &Path) -> Result<Vec<TensorFile>> {
 }
 
 /// The tensors that an index lists, and the file of each.
-fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
+pub(super) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
     let malformed = |what: String| CheckpointError::malformed(path, what);
     let document: Value =
         serde_json::from_str(&read_json_text(path)?).map_err(|error| malformed(format!("not JSON: {error}")))?;
