@@ -4,6 +4,7 @@ pub mod arithmetic;
 pub mod characters;
 pub mod dataset;
 pub mod packing;
+pub mod template;
 pub mod tokenizer;
 
 use sha2::{Digest, Sha256};
