@@ -49,6 +49,18 @@ pub enum CheckpointError {
         /// What is wrong.
         what: String,
     },
+    /// A metadata value of a GGUF file that cannot be used.
+    #[error("{}: metadata {key} is {found}, expected {expected}", path.display())]
+    Metadata {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it is.
+        found: String,
+        /// What it may be.
+        expected: &'static str,
+    },
     /// A tensor that the configuration asks for is not there.
     #[error("{}: tensor {tensor} is missing{}", path.display(), and_more(*more))]
     Missing {

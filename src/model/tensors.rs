@@ -82,11 +82,11 @@ impl Tensors {
     }
 
     fn attention(&mut self, config: &ModelConfig) {
-        let hidden = config.hidden_size;
-        self.add("self_attn.q_proj.weight", Role::Matrix, &[config.query_width(), hidden]);
-        self.add("self_attn.k_proj.weight", Role::Matrix, &[config.key_value_width(), hidden]);
-        self.add("self_attn.v_proj.weight", Role::Matrix, &[config.key_value_width(), hidden]);
-        self.add("self_attn.o_proj.weight", Role::Matrix, &[hidden, config.query_width()]);
+        let (hidden, bias) = (config.hidden_size, config.attention_bias);
+        self.linear("self_attn.q_proj", [config.query_width(), hidden], bias);
+        self.linear("self_attn.k_proj", [config.key_value_width(), hidden], bias);
+        self.linear("self_attn.v_proj", [config.key_value_width(), hidden], bias);
+        self.linear("self_attn.o_proj", [hidden, config.query_width()], false);
     }
 
     fn mamba(&mut self, mamba: &MambaConfig, hidden: usize) {

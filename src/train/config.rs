@@ -122,6 +122,7 @@ impl ModelShape {
             rms_norm_eps: self.rms_norm_eps,
             rope: Rope { theta: self.rope_theta, scaling: None },
             sliding_window: None,
+            attention_bias: false,
             tie_word_embeddings: self.tie_word_embeddings,
             max_position_embeddings: self.max_position_embeddings,
             bos_token_id: tokenizer.bos(),
