@@ -21,8 +21,8 @@ const FUEL: u64 = 200_000;
 /// More steps for every byte of the conversation.
 const FUEL_PER_BYTE: u64 = 64;
 
-/// No value is written as more JSON than this.
-const LONGEST_JSON: usize = 1 << 26;
+/// No text, and no value as JSON, has more bytes than this.
+const LONGEST: usize = 1 << 26;
 
 /// Why a conversation could not be rendered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +39,12 @@ pub enum TemplateError {
     /// The template did not come to an end.
     #[error("the chat template takes more steps than a conversation of this length may need; does it loop for ever?")]
     Endless,
+    /// What a turn says cannot be told from what is around it.
+    #[error("the chat template renders turn {turn} in such a way that what it says cannot be found in the text")]
+    Unstable {
+        /// The turn, counted from 1.
+        turn: usize,
+    },
 }
 
 /// One turn, with the keys that its data has: `role`, `content`, and what else a template may ask for.
@@ -109,12 +115,16 @@ impl ChatTemplate {
             ("add_generation_prompt", add_generation_prompt.into()),
         ];
         variables.extend(self.tokens.iter().map(|(name, token)| (&name[..], token.into())));
-        let rendered = environment.render_str(&self.source, variables.into_iter().collect::<Value>());
+        let mut text = Bounded(Vec::new());
+        let rendered = environment
+            .template_from_str(&self.source)
+            .and_then(|template| template.render_captured_to(variables.into_iter().collect::<Value>(), &mut text).map(drop));
         rendered.map_err(|error| match (error.kind(), error.detail().and_then(|detail| detail.strip_prefix(REFUSED))) {
             (ErrorKind::OutOfFuel, _) => TemplateError::Endless,
             (_, Some(refused)) => TemplateError::Refused(refused.to_owned()),
             _ => TemplateError::Failed(words(&error)),
-        })
+        })?;
+        String::from_utf8(text.0).map_err(|_| TemplateError::Failed("its text is not UTF-8".into()))
     }
 
     /// Everything that a rendered text depends on beside the conversation, as bytes.
@@ -193,13 +203,13 @@ fn to_json(value: Value, options: Kwargs) -> Result<Value, Error> {
     Ok(Value::from_safe_string(text))
 }
 
-/// Bytes that do not become more than [`LONGEST_JSON`]: a small value may hold one part many times.
+/// Bytes that do not become more than [`LONGEST`]: a small value may hold one part many times.
 struct Bounded(Vec<u8>);
 
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > LONGEST_JSON {
-            return Err(io::Error::other("the value is too large"));
+        if self.0.len() + bytes.len() > LONGEST {
+            return Err(io::Error::other("the text is too long"));
         }
         self.0.extend_from_slice(bytes);
         Ok(bytes.len())
