@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::common::{print, print_json, progress, refuse_existing};
+use super::common::{print, print_json, progress, refuse_existing, tokenising};
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
 use crate::checkpoint::{Checkpoint, SaveOptions, save};
@@ -17,9 +17,10 @@ use crate::distill::student;
 use crate::hybrid::{Conversion, FitOptions, Init, LayerFit, LayerSet, MixerShape, fit};
 use crate::model::Model;
 use crate::report::table::{Align, Table};
-use crate::text::dataset::{Documents, LossOn, read_records};
+use crate::text::cache::Cache;
+use crate::text::encode::{Encoder, LossOn, Render};
 use crate::text::packing::Batches;
-use crate::text::tokenizer::Tokenizer;
+use crate::text::tokenizer::{self, Tokenizer, TokenizerError};
 
 /// Turns attention layers into Mamba layers, or stores a model as another dtype.
 #[derive(clap::Args)]
@@ -94,7 +95,12 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let dtype = arguments.dtype.unwrap_or(model.dtype());
     let specs = conversion.config().tensors();
     let bar = progress(specs.len(), "tensors");
-    let options = SaveOptions { copy_from: Some(&arguments.model), ..SaveOptions::new(dtype) };
+    let made = tempfile::tempdir()?;
+    let tokenizer = tokenizer::folder_of(&arguments.model, |write| {
+        write(made.path())?;
+        Ok::<_, TokenizerError>(made.path().to_path_buf())
+    })?;
+    let options = SaveOptions { copy_from: Some(&tokenizer), ..SaveOptions::new(dtype) };
     save(&arguments.out, conversion.config(), &options, |spec| {
         bar.inc(1);
         let of_device = fitted.as_ref().filter(|_| conversion.is_new(spec));
@@ -116,8 +122,9 @@ fn fitted(
     conversion: &Conversion,
     (teacher, student): (&Checkpoint, &Checkpoint),
 ) -> anyhow::Result<(Model, Vec<LayerFit>)> {
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
-    let documents = Documents::tokenise(&read_records(data)?, &tokenizer, LossOn::All)?;
+    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let encoder = Encoder::new(&tokenizer, Render::Auto, LossOn::All);
+    let [documents, _] = Cache::usual().documents(&[data.to_path_buf()], 0.0, &encoder, &mut tokenising())?;
     let mut batches = Batches::new(Arc::new(documents), arguments.context.get(), 1, arguments.seed)?;
     let batches = student::fit_batches(&mut batches, arguments.fit_tokens.get())?;
     let device: Device = select::open(arguments.backend, arguments.threads)?;

@@ -5,11 +5,10 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json, progress};
+use super::common::{DeviceArguments, TextArguments, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
 use crate::eval::Evaluator;
 use crate::report::table::{Align, Table};
-use crate::text::dataset::{Documents, LossOn, read_records};
 use crate::text::tokenizer::Tokenizer;
 
 /// Perplexity and exact answers on data; with a teacher, KL and agreement too.
@@ -17,15 +16,15 @@ use crate::text::tokenizer::Tokenizer;
 pub(super) struct Arguments {
     /// The model's folder.
     model: PathBuf,
-    /// JSON lines with `text`, `prompt`/`completion` or `question`/`answer`, or a .txt; several are scored apart.
+    /// JSON lines or Parquet with `text`, `messages`, `prompt`/`completion` or `question`/`answer`, or a .txt; several are
+    /// scored apart.
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
     /// Compare with this model.
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Score prompts too, not only what answers them.
-    #[arg(long)]
-    prompts: bool,
+    #[command(flatten)]
+    text: TextArguments,
     /// At most this many documents of each file.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -42,13 +41,11 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let teacher = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
-    let loss = if arguments.prompts { LossOn::All } else { LossOn::Response };
+    let tokenizer = Tokenizer::open(&arguments.model)?;
     let mut sets = Vec::new();
     for path in &arguments.data {
-        let mut records = read_records(path)?;
-        records.truncate(arguments.limit.unwrap_or(usize::MAX));
-        sets.push((path, Documents::tokenise(&records, &tokenizer, loss)?));
+        let documents = arguments.text.documents(path, &tokenizer)?;
+        sets.push((path, documents.first(arguments.limit.unwrap_or(usize::MAX))));
     }
     let device = arguments.device.open()?;
     let model = arguments.device.load(&device, &checkpoint)?;

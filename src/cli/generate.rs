@@ -56,7 +56,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     ensure!(!prompts.is_empty(), "there is nothing to continue: give --prompt TEXT or --prompts FILE");
     let checkpoint = Checkpoint::open(&arguments.model)?;
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
+    let tokenizer = Tokenizer::open(&arguments.model)?;
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
         requests.push(Request {

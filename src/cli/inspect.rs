@@ -43,7 +43,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         checkpoint.check_finite()?;
     }
     let config = checkpoint.config();
-    let tokenizer = Tokenizer::from_folder(&arguments.model);
+    let tokenizer = Tokenizer::open(&arguments.model);
     let (attention, mamba) = (list(config, BlockKind::Attention), list(config, BlockKind::Mamba));
     let parameters = config.parameter_count();
     let bytes = parameters * checkpoint.dtype().size() as u64;
