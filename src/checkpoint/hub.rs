@@ -228,6 +228,10 @@ impl Hub {
                     "{endpoint} cannot be reached ({error}): give a folder or a GGUF file, or name another hub in HF_ENDPOINT"
                 ),
             },
+            // It started from the beginning where it was asked to go on.
+            ApiError::InvalidResume => {
+                format!("{endpoint} sent more bytes than a file has: it is thrown away, try again")
+            }
             error => format!("{endpoint}: {error}"),
         }
     }

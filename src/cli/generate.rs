@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json, print_part};
+use super::common::{DeviceArguments, located, print, print_json, print_part};
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Event, Finish, Generator, Limits, Request};
 use crate::text::tokenizer::{DecodeStream, Tokenizer};
@@ -14,7 +14,7 @@ use crate::text::tokenizer::{DecodeStream, Tokenizer};
 /// Continue texts, several at once.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// A text to continue; may be given several times.
     #[arg(long, short, value_name = "TEXT")]
@@ -48,13 +48,14 @@ struct Text {
     finish: Option<Finish>,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut prompts = arguments.prompt.clone();
     if let Some(path) = &arguments.prompts {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         prompts.extend(text.lines().map(str::to_owned));
     }
     ensure!(!prompts.is_empty(), "there is nothing to continue: give --prompt TEXT or --prompts FILE");
+    arguments.model = located(&arguments.model)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let tokenizer = Tokenizer::open(&arguments.model)?;
     let mut requests = Vec::new();

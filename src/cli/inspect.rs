@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::common::{print, print_json};
+use super::common::{located, print, print_json};
 use crate::checkpoint::Checkpoint;
 use crate::model::config::{BlockKind, ModelConfig};
 use crate::text::tokenizer::Tokenizer;
@@ -13,7 +13,7 @@ use crate::text::tokenizer::Tokenizer;
 /// What a model is: sizes, layout of layers, parameters, bytes, tokenizer.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// Tokens of a sequence for the size of its cache.
     #[arg(long, value_name = "N", default_value = "16384")]
@@ -37,7 +37,8 @@ fn words(layers: &[usize]) -> String {
     layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ")
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
+    arguments.model = located(&arguments.model)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     if arguments.values {
         checkpoint.check_finite()?;

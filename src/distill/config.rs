@@ -351,7 +351,7 @@ impl Config {
     /// When it cannot be read, or makes no sense.
     pub fn teacher_shape(&self, base: &Path) -> Result<ModelConfig> {
         match (&self.teacher.path, &self.teacher.shape) {
-            (Some(path), _) => Ok(checkpoint::read_config(&base.join(path))?),
+            (Some(path), _) => Ok(checkpoint::read_config(&checkpoint::locate(base, path)?)?),
             (None, shape) => {
                 let wrong = |what: String| Error::Configuration(format!("teacher.shape: {what}"));
                 let value = serde_json::to_value(shape).map_err(|error| wrong(error.to_string()))?;
