@@ -12,7 +12,7 @@ use super::storage::Storage;
 use super::tensor_file::{FLOATS, StoredTensor, Tensor, TensorFile};
 use crate::backend::DType;
 use crate::model::config::{BlockKind, ModelConfig};
-use crate::model::tensors::{EMBED_TOKENS, LM_HEAD, TensorSpec, layer_tensor};
+use crate::model::tensors::{EMBED_TOKENS, INPUT_NORM, LM_HEAD, TensorSpec, layer_tensor};
 
 /// No longer JSON beside the weights is read.
 const LONGEST_JSON: u64 = 1 << 26;
@@ -217,6 +217,13 @@ impl Checkpoint {
 
     /// Holds the tensors against the configuration.
     fn check(&self) -> Result<()> {
+        // Before the list of all tensors is made, which is long when the configuration claims many layers.
+        let norms = self.config.blocks.iter().enumerate().filter(|(_, kind)| **kind != BlockKind::Identity);
+        for norm in norms.map(|(layer, _)| layer_tensor(layer, INPUT_NORM)) {
+            if !self.sources.contains_key(&norm) {
+                return Err(self.missing(&norm, 0));
+            }
+        }
         let specs = self.config.tensors();
         let missing: Vec<&TensorSpec> = specs.iter().filter(|spec| !self.sources.contains_key(&spec.name)).collect();
         if let [first, more @ ..] = &missing[..] {
