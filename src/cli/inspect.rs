@@ -37,6 +37,18 @@ fn words(layers: &[usize]) -> String {
     layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ")
 }
 
+/// The bytes that a byte-level vocabulary has no tokens for.
+fn lacking(tokenizer: &Tokenizer) -> String {
+    let missing = tokenizer.missing_bytes();
+    match &missing[..] {
+        [] => String::new(),
+        bytes => {
+            let list: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            format!(", none for {} of the 256 bytes: {}", bytes.len(), list.join(" "))
+        }
+    }
+}
+
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let checkpoint = Checkpoint::open(&arguments.model)?;
     if arguments.values {
@@ -62,6 +74,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             "context": arguments.context,
             "cache_bytes": cache,
             "tokenizer": tokenizer.as_ref().ok().map(Tokenizer::vocabulary_size),
+            "template": tokenizer.as_ref().is_ok_and(|tokenizer| tokenizer.template().is_some()),
         }))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -96,9 +109,13 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     lines.push(format!("parameters  {parameters}, {bytes} bytes as {}", checkpoint.dtype()));
     lines.push(format!("cache       {cache} bytes a sequence of {} tokens, in f32", arguments.context));
     lines.push(match &tokenizer {
-        Ok(tokenizer) => format!("tokenizer   {} tokens", tokenizer.vocabulary_size()),
+        Ok(tokenizer) => format!("tokenizer   {} tokens{}", tokenizer.vocabulary_size(), lacking(tokenizer)),
         Err(error) => format!("tokenizer   none: {error}"),
     });
+    if let Ok(tokenizer) = &tokenizer {
+        let template = if tokenizer.template().is_some() { "with its template" } else { "no template" };
+        lines.push(format!("chat        {template}"));
+    }
     let uses = if mamba.is_empty() { "distil, train, evaluate, generate" } else { "train, evaluate, generate" };
     lines.push(format!("h1 can      {uses}"));
     print(&lines.join("\n"))?;

@@ -71,7 +71,7 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// A folder in Hugging Face form.
+    /// A folder in Hugging Face form, or a GGUF file.
     pub path: Option<PathBuf>,
     /// The keys of a `config.json`.
     pub shape: Option<toml::Table>,
@@ -216,11 +216,13 @@ pub struct EvaluationConfig {
     pub documents: Option<usize>,
     /// Tokens of a sequence whose cache the table says the bytes of.
     pub context: usize,
+    /// Whether each stage's hybrid is scored before its training too.
+    pub before: bool,
 }
 
 impl Default for EvaluationConfig {
     fn default() -> Self {
-        EvaluationConfig { documents: None, context: 16384 }
+        EvaluationConfig { documents: None, context: 16384, before: false }
     }
 }
 
@@ -351,6 +353,9 @@ impl Config {
     /// When it cannot be read, or makes no sense.
     pub fn teacher_shape(&self, base: &Path) -> Result<ModelConfig> {
         match (&self.teacher.path, &self.teacher.shape) {
+            (Some(path), _) if base.join(path).is_file() => {
+                Ok(checkpoint::Checkpoint::open(&base.join(path))?.config().clone())
+            }
             (Some(path), _) => Ok(checkpoint::read_config(&base.join(path))?),
             (None, shape) => {
                 let wrong = |what: String| Error::Configuration(format!("teacher.shape: {what}"));
