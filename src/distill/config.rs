@@ -71,7 +71,7 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// A folder in Hugging Face form.
+    /// A folder in Hugging Face form, a GGUF file, or hub:ORG/NAME.
     pub path: Option<PathBuf>,
     /// The keys of a `config.json`.
     pub shape: Option<toml::Table>,
@@ -216,11 +216,13 @@ pub struct EvaluationConfig {
     pub documents: Option<usize>,
     /// Tokens of a sequence whose cache the table says the bytes of.
     pub context: usize,
+    /// Whether each stage's hybrid is scored before its training too.
+    pub before: bool,
 }
 
 impl Default for EvaluationConfig {
     fn default() -> Self {
-        EvaluationConfig { documents: None, context: 16384 }
+        EvaluationConfig { documents: None, context: 16384, before: false }
     }
 }
 

@@ -230,7 +230,11 @@ impl<'a> Distillation<'a> {
             Some(saved) => Checkpoint::open(&saved.folder)?.load(device, dtype)?,
             None => {
                 let fits = self.path(format!("fits/{}.json", number(index)));
-                self.ground.assemble(before, new, config.init_of(index), Some(&fits), watcher)?
+                let model = self.ground.assemble(before, new, config.init_of(index), Some(&fits), watcher)?;
+                if config.evaluation.before {
+                    self.row(&before_name(index), &model, watcher)?;
+                }
+                model
             }
         };
         let mut batches = self.ground.batches(&format!("batches of stage {}", index + 1))?;
@@ -269,13 +273,26 @@ impl<'a> Distillation<'a> {
 
     /// The row of a model in the table: scored once.
     fn score(&self, name: &str, model: impl FnOnce() -> Result<Model>, watcher: &mut dyn Watcher) -> Result<Row> {
-        once(&self.path(format!("evals/{name}.json")), || {
-            let (model, context) = (model()?, self.config.evaluation.context);
-            let mut evaluator = Evaluator::new(&model, Some(&self.ground.teacher), CALL_TOKENS)?;
+        match self.eval(name).exists() {
+            true => read_json(&self.eval(name)),
+            false => self.row(name, &model()?, watcher),
+        }
+    }
+
+    /// The same of a model that is there.
+    fn row(&self, name: &str, model: &Model, watcher: &mut dyn Watcher) -> Result<Row> {
+        once(&self.eval(name), || {
+            let mut evaluator = Evaluator::new(model, Some(&self.ground.teacher), CALL_TOKENS)?;
             let scores = evaluator.run(&self.held_out, None, |_| ())?;
             watcher.hear(Event::Scored { name, scores: &scores });
+            let context = self.config.evaluation.context;
             Ok(Row::new(name, model.config(), &scores, (context, self.ground.dtype, self.tokens)))
         })
+    }
+
+    /// Where the scores of a model are kept.
+    fn eval(&self, name: &str) -> PathBuf {
+        self.path(format!("evals/{name}.json"))
     }
 
     fn load(&self, folder: &Path) -> Result<Model> {
@@ -306,9 +323,9 @@ impl<'a> Distillation<'a> {
     /// Writes the table of all models that were scored so far, and the plot of the loss.
     fn report(&self) -> Result<Summary> {
         let untrained = Init::ALL.map(untrained);
-        let stages = (0..self.config.stages.len()).map(stage_name);
+        let stages = (0..self.config.stages.len()).flat_map(|index| [before_name(index), stage_name(index)]);
         let names = std::iter::once(TEACHER.to_owned()).chain(untrained).chain(stages);
-        let paths = names.map(|name| self.path(format!("evals/{name}.json"))).filter(|path| path.exists());
+        let paths = names.map(|name| self.eval(&name)).filter(|path| path.exists());
         let summary = Summary {
             context: self.config.evaluation.context,
             layers: self.ground.original.config().num_hidden_layers(),
@@ -353,6 +370,10 @@ fn number(index: usize) -> String {
 
 fn stage_name(index: usize) -> String {
     format!("stage-{}", number(index))
+}
+
+fn before_name(index: usize) -> String {
+    format!("{} before", stage_name(index))
 }
 
 fn untrained(init: Init) -> String {
