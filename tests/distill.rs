@@ -35,6 +35,7 @@ fn write_teacher(folder: &Path) {
         rms_norm_eps: 1e-5,
         rope: Rope { theta: 1e4, scaling: None },
         sliding_window: None,
+        attention_bias: false,
         tie_word_embeddings: false,
         max_position_embeddings: 256,
         bos_token_id: Some(1),

@@ -59,6 +59,7 @@ impl Shape {
             rms_norm_eps: 1e-5,
             rope: Rope { theta, scaling: None },
             sliding_window: None,
+            attention_bias: false,
             tie_word_embeddings: tied,
             max_position_embeddings: 65_536,
             bos_token_id: Some(1),

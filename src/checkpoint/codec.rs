@@ -3,17 +3,19 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::header::Storage;
+use super::gguf::decode_blocks;
+use super::storage::Storage;
 use crate::backend::DType;
 
-/// Values of `bytes` as f32; `false` when they are not floating-point numbers. `bytes` holds `out.len()` values.
+/// Values of `bytes` as f32; `false` when they are not floating-point numbers. `bytes` holds `out.len()` values,
+/// in whole blocks.
 pub(super) fn decode(storage: Storage, bytes: &[u8], out: &mut [f32]) -> bool {
     match storage {
         Storage::F32 => each(bytes, out, f32::from_le_bytes),
         Storage::Bf16 => each(bytes, out, |value| bf16::from_le_bytes(value).to_f32()),
         Storage::F16 => decode_f16(bytes, out),
         Storage::F64 => each(bytes, out, |value| f64::from_le_bytes(value) as f32),
-        _ => return false,
+        _ => return decode_blocks(storage, bytes, out),
     }
     true
 }

@@ -1,4 +1,5 @@
-//! A checkpoint folder in Hugging Face form: `config.json` and safetensors files, held against each other.
+//! A checkpoint: a folder in Hugging Face form, `config.json` and safetensors files, or one GGUF file; configuration and tensors
+//! held against each other.
 
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
@@ -6,16 +7,17 @@ use std::path::{Component, Path, PathBuf};
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result};
-use super::header::Storage;
-use super::tensor_file::{StoredTensor, Tensor, TensorFile};
+use super::gguf::{self, GgufFile};
+use super::storage::Storage;
+use super::tensor_file::{FLOATS, StoredTensor, Tensor, TensorFile};
 use crate::backend::DType;
 use crate::model::config::{BlockKind, ModelConfig};
-use crate::model::tensors::{EMBED_TOKENS, LM_HEAD, TensorSpec, layer_tensor};
+use crate::model::tensors::{EMBED_TOKENS, INPUT_NORM, LM_HEAD, TensorSpec, layer_tensor};
 
 /// No longer JSON beside the weights is read.
 const LONGEST_JSON: u64 = 1 << 26;
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// A checkpoint whose every tensor is there with the shape that its configuration says. Values are read tensor by
 /// tensor, so it may be larger than memory.
@@ -36,10 +38,13 @@ struct Source {
     /// The rows that are its own, when it was split from another.
     rows: Option<std::ops::Range<usize>>,
     shape: Vec<usize>,
+    /// As in [`StoredTensor`].
+    heads: Option<usize>,
 }
 
 impl Checkpoint {
-    /// Opens the folder `path`: `config.json`, and `model.safetensors` or the shards that its index lists.
+    /// Opens the GGUF file `path`, or the folder `path`: `config.json`, and `model.safetensors` or the shards that its index
+    /// lists.
     ///
     /// The rank of dt is read from the tensors, not the configuration, which often leaves it out. Mixers in the older
     /// spelling `mamba.*`, with the rows of dt at the end of `in_proj`, are read too.
@@ -47,6 +52,9 @@ impl Checkpoint {
     /// # Errors
     /// When a file is missing, cut or malformed, or a tensor is missing, unexpected, or of the wrong shape or dtype.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.is_file() {
+            return Checkpoint::open_gguf(path);
+        }
         let config = read_config(path)?;
         let mut checkpoint =
             Checkpoint { path: path.to_owned(), config, files: open_files(path)?, sources: HashMap::new() };
@@ -57,7 +65,26 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// The folder.
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let file = GgufFile::open(path)?;
+        let config = gguf::model_config(&file)?;
+        let mut sources = HashMap::new();
+        let names: Vec<&str> = file.tensors().names().filter(|name| !gguf::is_configuration(name)).collect();
+        for name in names {
+            let shape = file.tensors().tensor(name)?.shape.to_vec();
+            let heads = gguf::interleaved_heads(&config, name);
+            let known = gguf::hub_name(name).unwrap_or_else(|| name.to_owned());
+            let source = Source { file: 0, name: name.to_owned(), rows: None, shape, heads };
+            if sources.insert(known, source).is_some() {
+                return Err(CheckpointError::malformed(path, format!("tensor {name} is there in two spellings")));
+            }
+        }
+        let checkpoint = Checkpoint { path: path.to_owned(), config, files: vec![file.into_tensors()], sources };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    /// The folder or file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -67,7 +94,7 @@ impl Checkpoint {
         &self.config
     }
 
-    /// How the embedding is stored.
+    /// How the embedding is stored; f32 for one that is quantised.
     pub fn dtype(&self) -> DType {
         match self.stored(EMBED_TOKENS).map(|tensor| tensor.storage) {
             Ok(Storage::Bf16) => DType::Bf16,
@@ -75,6 +102,23 @@ impl Checkpoint {
             Ok(Storage::F64) => DType::F64,
             _ => DType::F32,
         }
+    }
+
+    /// How the values are stored, and how many bytes each way takes, the most first.
+    ///
+    /// # Errors
+    /// Not for a checkpoint that was opened.
+    pub fn storages(&self) -> Result<Vec<(Storage, u64)>> {
+        let mut storages: Vec<(Storage, u64)> = Vec::new();
+        for spec in self.config.tensors() {
+            let tensor = self.stored(&spec.name)?;
+            match storages.iter_mut().find(|(storage, _)| *storage == tensor.storage) {
+                Some((_, bytes)) => *bytes += tensor.bytes.len() as u64,
+                None => storages.push((tensor.storage, tensor.bytes.len() as u64)),
+            }
+        }
+        storages.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        Ok(storages)
     }
 
     /// The tensor of this name, one of [`ModelConfig::tensors`], as it lies in its file.
@@ -85,10 +129,11 @@ impl Checkpoint {
         let source = self.sources.get(name).ok_or_else(|| self.missing(name, 0))?;
         let mut tensor = self.files[source.file].tensor(&source.name)?;
         if let Some(rows) = &source.rows {
-            let row_bytes = source.shape[1..].iter().product::<usize>() * tensor.storage.size();
+            let row_bytes = source.shape[1..].iter().product::<usize>() * tensor.storage.block_bytes();
             tensor.bytes = &tensor.bytes[rows.start * row_bytes..rows.end * row_bytes];
         }
         tensor.shape = &source.shape;
+        tensor.heads = source.heads;
         Ok(tensor)
     }
 
@@ -120,7 +165,7 @@ impl Checkpoint {
         for (file, tensors) in self.files.iter().enumerate() {
             for name in tensors.names() {
                 let shape = tensors.tensor(name)?.shape.to_vec();
-                let source = Source { file, name: name.to_owned(), rows: None, shape };
+                let source = Source { file, name: name.to_owned(), rows: None, shape, heads: None };
                 if let Some(twin) = self.sources.insert(name.to_owned(), source) {
                     let twin = self.files[twin.file].path().display();
                     let what = format!("tensor {name} is in {twin} too");
@@ -155,7 +200,7 @@ impl Checkpoint {
                 in_proj.rows = Some(0..rows);
                 in_proj.shape = vec![rows, width];
                 let (file, name, shape) = (in_proj.file, in_proj.name.clone(), vec![all - rows, width]);
-                self.sources.insert(dt_in_proj, Source { file, name, rows: Some(rows..all), shape });
+                self.sources.insert(dt_in_proj, Source { file, name, rows: Some(rows..all), shape, heads: None });
             }
         }
     }
@@ -172,6 +217,13 @@ impl Checkpoint {
 
     /// Holds the tensors against the configuration.
     fn check(&self) -> Result<()> {
+        // Before the list of all tensors is made, which is long when the configuration claims many layers.
+        let norms = self.config.blocks.iter().enumerate().filter(|(_, kind)| **kind != BlockKind::Identity);
+        for norm in norms.map(|(layer, _)| layer_tensor(layer, INPUT_NORM)) {
+            if !self.sources.contains_key(&norm) {
+                return Err(self.missing(&norm, 0));
+            }
+        }
         let specs = self.config.tensors();
         let missing: Vec<&TensorSpec> = specs.iter().filter(|spec| !self.sources.contains_key(&spec.name)).collect();
         if let [first, more @ ..] = &missing[..] {
@@ -188,7 +240,7 @@ impl Checkpoint {
                 });
             }
             if !tensor.storage.is_float() {
-                return Err(tensor.wrong_storage("F32, BF16, F16 or F64"));
+                return Err(tensor.wrong_storage(FLOATS));
             }
         }
         self.check_unexpected(&specs)
@@ -230,14 +282,17 @@ impl Checkpoint {
     }
 }
 
-/// The configuration of the checkpoint folder `path`.
+/// The configuration of the checkpoint folder or GGUF file `path`.
 ///
 /// # Errors
 /// When there is none, or h1 does not take it.
 pub fn read_config(path: &Path) -> Result<ModelConfig> {
+    if path.is_file() {
+        return gguf::model_config(&GgufFile::open(path)?);
+    }
     let file = path.join("config.json");
     if !path.is_dir() {
-        let what = if path.exists() { "not a folder" } else { "no such folder" };
+        let what = if path.exists() { "neither a folder nor a file" } else { "no such folder or file" };
         return Err(CheckpointError::NotACheckpoint { path: path.to_owned(), what });
     }
     if !file.exists() {
@@ -284,7 +339,7 @@ fn open_files(folder: &Path) -> Result<Vec<TensorFile>> {
 }
 
 /// The tensors that an index lists, and the file of each.
-fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
+pub(super) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
     let malformed = |what: String| CheckpointError::malformed(path, what);
     let document: Value =
         serde_json::from_str(&read_json_text(path)?).map_err(|error| malformed(format!("not JSON: {error}")))?;

@@ -7,81 +7,12 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::storage::Storage;
+
 /// Bytes of the header's length.
 const LENGTH_BYTES: usize = 8;
 /// No longer header is read, as in the reference implementation.
 const LONGEST_HEADER: u64 = 100_000_000;
-
-/// How a tensor's values lie in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "each is what its name says")]
-pub enum Storage {
-    Bool,
-    U8,
-    I8,
-    U16,
-    I16,
-    U32,
-    I32,
-    U64,
-    I64,
-    F16,
-    Bf16,
-    F32,
-    F64,
-}
-
-impl Storage {
-    const ALL: [Storage; 13] = [
-        Storage::Bool,
-        Storage::U8,
-        Storage::I8,
-        Storage::U16,
-        Storage::I16,
-        Storage::U32,
-        Storage::I32,
-        Storage::U64,
-        Storage::I64,
-        Storage::F16,
-        Storage::Bf16,
-        Storage::F32,
-        Storage::F64,
-    ];
-
-    /// Its name in a header.
-    pub fn name(self) -> &'static str {
-        match self {
-            Storage::Bool => "BOOL",
-            Storage::U8 => "U8",
-            Storage::I8 => "I8",
-            Storage::U16 => "U16",
-            Storage::I16 => "I16",
-            Storage::U32 => "U32",
-            Storage::I32 => "I32",
-            Storage::U64 => "U64",
-            Storage::I64 => "I64",
-            Storage::F16 => "F16",
-            Storage::Bf16 => "BF16",
-            Storage::F32 => "F32",
-            Storage::F64 => "F64",
-        }
-    }
-
-    /// Bytes of one value.
-    pub fn size(self) -> usize {
-        match self {
-            Storage::Bool | Storage::U8 | Storage::I8 => 1,
-            Storage::U16 | Storage::I16 | Storage::F16 | Storage::Bf16 => 2,
-            Storage::U32 | Storage::I32 | Storage::F32 => 4,
-            Storage::U64 | Storage::I64 | Storage::F64 => 8,
-        }
-    }
-
-    /// Whether the values are floating-point numbers.
-    pub fn is_float(self) -> bool {
-        matches!(self, Storage::F16 | Storage::Bf16 | Storage::F32 | Storage::F64)
-    }
-}
 
 /// Where a tensor lies in its file.
 #[derive(Debug)]
@@ -136,9 +67,9 @@ impl Entry {
     fn parse(entry: Value, values: usize, end: usize) -> Parsed<Self> {
         let entry: HeaderEntry =
             serde_json::from_value(entry).map_err(|error| format!("its header entry is wrong: {error}"))?;
-        let storage = Storage::ALL.into_iter().find(|storage| storage.name() == entry.dtype);
+        let storage = Storage::PLAIN.into_iter().find(|storage| storage.name() == entry.dtype);
         let storage = storage.ok_or_else(|| format!("h1 does not read dtype {:?}", entry.dtype))?;
-        let size = entry.shape.iter().try_fold(storage.size(), |size, dim| size.checked_mul(*dim));
+        let size = entry.shape.iter().try_fold(storage.block_bytes(), |size, dim| size.checked_mul(*dim));
         let size = size.ok_or_else(|| format!("shape {:?} is too large", entry.shape))?;
         let (first, last) = entry.data_offsets;
         if last.checked_sub(first) != Some(size) {

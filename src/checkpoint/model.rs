@@ -26,14 +26,13 @@ impl Checkpoint {
     pub fn fill(&self, model: &Model) -> Result<()> {
         for (id, parameter) in model.weights().table().iter() {
             let stored = self.stored(&parameter.spec.name)?;
-            stored.check_finite()?;
-            model.weights().write(model.device(), id, &stored.to_f32()?.values)?;
+            model.weights().write(model.device(), id, &stored.to_finite_f32()?.values)?;
         }
         Ok(())
     }
 }
 
-/// Opens a folder and puts its model on a device.
+/// Opens a folder or a GGUF file and puts its model on a device.
 ///
 /// # Errors
 /// As [`Checkpoint::open`] and [`Checkpoint::load`].

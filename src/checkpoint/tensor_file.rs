@@ -8,7 +8,12 @@ use memmap2::Mmap;
 
 use super::codec;
 use super::error::{CheckpointError, Result};
-use super::header::{Entry, Storage, parse};
+use super::header::{Entry, parse};
+use super::storage::Storage;
+
+/// What can be decoded.
+pub(super) const FLOATS: &str = "floating-point numbers";
+const FINITE: &str = "a finite number";
 
 /// A tensor on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -30,8 +35,12 @@ pub struct StoredTensor<'a> {
     pub storage: Storage,
     /// Sizes, outermost first.
     pub shape: &'a [usize],
-    /// The values, row-major, little-endian.
+    /// The values, row-major, little-endian; quantised ones in blocks.
     pub bytes: &'a [u8],
+    /// Set where the rows of each of so many heads lie as GGUF interleaves them for its RoPE: first row of the first half,
+    /// first of the second half, second of the first half, and so on. Decoding undoes it. The heads divide the rows into even
+    /// numbers.
+    pub heads: Option<usize>,
 }
 
 /// A safetensors file whose header was checked. The values are read when they are asked for, by way of the page cache,
@@ -52,16 +61,18 @@ impl TensorFile {
     /// # Errors
     /// When it cannot be read, or is not a whole safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
-        let kind = std::fs::metadata(path).map_err(CheckpointError::io("open", path))?;
-        if !kind.is_file() {
-            return Err(CheckpointError::malformed(path, "not a file"));
-        }
-        let file = File::open(path).map_err(CheckpointError::io("open", path))?;
-        // SAFETY: the map is only read, and as bytes, of which every value is valid. That nobody shortens or rewrites
-        // the file meanwhile is asked of the caller; the writers of this crate replace files, never change them.
-        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map", path))?;
+        let map = map_file(path)?;
         let tensors = parse(&map).map_err(|what| CheckpointError::malformed(path, what))?;
-        Ok(TensorFile { path: path.to_owned(), map, tensors })
+        Ok(TensorFile::of_parts(path, map, tensors))
+    }
+
+    /// A file whose header was read by its caller; every entry lies in the map.
+    pub(super) fn of_parts(path: &Path, map: Mmap, tensors: HashMap<String, Entry>) -> Self {
+        TensorFile { path: path.to_owned(), map, tensors }
+    }
+
+    pub(super) fn map(&self) -> &[u8] {
+        &self.map
     }
 
     /// The file.
@@ -78,7 +89,7 @@ impl TensorFile {
     pub fn get(&self, name: &str) -> Option<StoredTensor<'_>> {
         let (name, entry) = self.tensors.get_key_value(name)?;
         let bytes = &self.map[entry.start..entry.end];
-        Some(StoredTensor { path: &self.path, name, storage: entry.storage, shape: &entry.shape, bytes })
+        Some(StoredTensor { path: &self.path, name, storage: entry.storage, shape: &entry.shape, bytes, heads: None })
     }
 
     /// The tensor of this name.
@@ -91,10 +102,22 @@ impl TensorFile {
     }
 }
 
+/// Maps a file into memory; it must not be changed meanwhile.
+pub(super) fn map_file(path: &Path) -> Result<Mmap> {
+    let kind = std::fs::metadata(path).map_err(CheckpointError::io("open", path))?;
+    if !kind.is_file() {
+        return Err(CheckpointError::malformed(path, "not a file"));
+    }
+    let file = File::open(path).map_err(CheckpointError::io("open", path))?;
+    // SAFETY: the map is only read, and as bytes, of which every value is valid. That nobody shortens or rewrites the file
+    // meanwhile is asked of the caller; the writers of this crate replace files, never change them.
+    unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map", path))
+}
+
 impl StoredTensor<'_> {
     /// Number of values.
     pub fn len(&self) -> usize {
-        self.bytes.len() / self.storage.size()
+        self.bytes.len() / self.storage.block_bytes() * self.storage.block_len()
     }
 
     /// Whether it has no value.
@@ -107,14 +130,55 @@ impl StoredTensor<'_> {
     /// # Errors
     /// When they are not floating-point numbers, or there are not so many.
     pub fn decode(&self, first: usize, out: &mut [f32]) -> Result<()> {
-        let size = self.storage.size();
-        let bytes = first.checked_add(out.len()).and_then(|end| self.bytes.get(first * size..end.checked_mul(size)?));
-        let bytes = bytes.ok_or_else(|| CheckpointError::Length {
-            tensor: self.name.to_owned(),
-            expected: self.len(),
-            found: first.saturating_add(out.len()),
-        })?;
-        if codec::decode(self.storage, bytes, out) { Ok(()) } else { Err(self.wrong_storage("F32, BF16, F16 or F64")) }
+        let end = first.saturating_add(out.len());
+        if end > self.len() {
+            let (expected, found) = (self.len(), end);
+            return Err(CheckpointError::Length { tensor: self.name.to_owned(), expected, found });
+        }
+        if !self.storage.is_float() {
+            return Err(self.wrong_storage(FLOATS));
+        }
+        match self.heads {
+            None => self.decode_run(first, out),
+            Some(heads) => self.decode_rows(heads, first, out),
+        }
+        Ok(())
+    }
+
+    /// Values as they follow each other in the file; blocks are decoded whole, and the first and last may be used in part.
+    fn decode_run(&self, mut first: usize, mut out: &mut [f32]) {
+        const LONGEST_BLOCK: usize = 256;
+        let (len, size) = (self.storage.block_len(), self.storage.block_bytes());
+        while !out.is_empty() {
+            let (block, skipped, whole) = (first / len, first % len, out.len() / len);
+            let taken = if skipped == 0 && whole > 0 {
+                codec::decode(self.storage, &self.bytes[block * size..][..whole * size], &mut out[..whole * len]);
+                whole * len
+            } else {
+                let mut values = [0.0; LONGEST_BLOCK];
+                codec::decode(self.storage, &self.bytes[block * size..][..size], &mut values[..len]);
+                let taken = out.len().min(len - skipped);
+                out[..taken].copy_from_slice(&values[skipped..][..taken]);
+                taken
+            };
+            first += taken;
+            out = &mut out[taken..];
+        }
+    }
+
+    /// Row by row, from where the file keeps each: row `2·j + h` of a head there is row `h · half + j` of the tensor.
+    fn decode_rows(&self, heads: usize, mut first: usize, mut out: &mut [f32]) {
+        let (rows, width) = (self.shape[0], self.len() / self.shape[0]);
+        let head = rows / heads;
+        while !out.is_empty() {
+            let (row, col) = (first / width, first % width);
+            let (start, within) = (row / head * head, row % head);
+            let stored = start + 2 * (within % (head / 2)) + within / (head / 2);
+            let taken = out.len().min(width - col);
+            self.decode_run(stored * width + col, &mut out[..taken]);
+            first += taken;
+            out = &mut out[taken..];
+        }
     }
 
     /// All values as f32.
@@ -125,6 +189,18 @@ impl StoredTensor<'_> {
         let mut values = vec![0.0; self.len()];
         self.decode(0, &mut values)?;
         Ok(Tensor { shape: self.shape.to_vec(), values })
+    }
+
+    /// All values as f32, none of them infinite or no number.
+    ///
+    /// # Errors
+    /// Names the first value that is; or they are not floating-point numbers.
+    pub fn to_finite_f32(&self) -> Result<Tensor> {
+        let tensor = self.to_f32()?;
+        match tensor.values.iter().position(|value| !value.is_finite()) {
+            None => Ok(tensor),
+            Some(at) => Err(self.wrong_value(at, tensor.values[at], FINITE)),
+        }
     }
 
     /// All values as u32, of any whole-number storage: token ids, lengths, masks.
@@ -145,7 +221,7 @@ impl StoredTensor<'_> {
                 _ => return None,
             })
         };
-        let values = self.bytes.chunks_exact(self.storage.size()).enumerate().map(|(index, bytes)| {
+        let values = self.bytes.chunks_exact(self.storage.block_bytes()).enumerate().map(|(index, bytes)| {
             let value = wide(bytes).ok_or_else(|| self.wrong_storage("whole numbers"))?;
             u32::try_from(value).map_err(|_| self.wrong_value(index, value, "0 to 4294967295"))
         });
@@ -163,7 +239,7 @@ impl StoredTensor<'_> {
             let block = &mut block[..BLOCK.min(self.len() - first)];
             self.decode(first, block)?;
             if let Some(at) = block.iter().position(|value| !value.is_finite()) {
-                return Err(self.wrong_value(first + at, block[at], "a finite number"));
+                return Err(self.wrong_value(first + at, block[at], FINITE));
             }
         }
         Ok(())

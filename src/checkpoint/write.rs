@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::atomic::write_file;
 use super::codec;
 use super::error::{CheckpointError, ProviderError, Result};
-use super::header::Storage;
+use super::storage::Storage;
 use crate::backend::DType;
 
 /// A tensor to be written.

@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -10,8 +10,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::model::Model;
+use crate::text::cache::{Cache, Progress};
+use crate::text::documents::Documents;
+use crate::text::encode::{Encoder, LossOn, Render};
+use crate::text::tokenizer::Tokenizer;
 
 /// Where a verb computes, and how it stores weights.
 #[derive(clap::Args, Clone, Debug)]
@@ -53,6 +57,46 @@ impl DeviceArguments {
     pub(super) fn load(&self, device: &Device, checkpoint: &Checkpoint) -> anyhow::Result<Model> {
         Ok(checkpoint.load(device, self.dtype)?)
     }
+}
+
+/// How texts become tokens.
+#[derive(clap::Args, Clone, Debug)]
+pub(super) struct TextArguments {
+    /// How a question with its answer becomes text: as turns of the chat template, or one after the other; auto takes the
+    /// template where there is one.
+    #[arg(long, value_name = "auto|chat|plain", default_value = "auto")]
+    render: Render,
+    /// Score prompts too, not only what answers them.
+    #[arg(long)]
+    prompts: bool,
+}
+
+impl TextArguments {
+    /// The documents of a file.
+    pub(super) fn documents(&self, path: &Path, tokenizer: &Tokenizer) -> anyhow::Result<Documents> {
+        let loss_on = if self.prompts { LossOn::All } else { LossOn::Response };
+        let encoder = Encoder::new(tokenizer, self.render, loss_on);
+        let [documents, _] = Cache::usual().documents(&[path.to_path_buf()], 0.0, &encoder, &mut tokenising())?;
+        Ok(documents)
+    }
+}
+
+/// A bar over texts that are turned into tokens.
+pub(super) fn tokenising() -> impl FnMut(Progress) {
+    let mut bar = None;
+    move |Progress { done, all }| {
+        let bar = bar.get_or_insert_with(|| progress(all as usize, "bytes tokenised"));
+        bar.set_length(all);
+        bar.set_position(done);
+        if done >= all {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The folder or file that MODEL stands for, downloaded first if it is on a hub.
+pub(super) fn located(model: &Path) -> anyhow::Result<PathBuf> {
+    Ok(checkpoint::locate(Path::new(""), model)?)
 }
 
 /// Fails before a long computation rather than after it when the output cannot be written: something has its name, or

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::common::{print, print_json, progress, refuse_existing};
+use super::common::{located, print, print_json, progress, refuse_existing, tokenising};
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
 use crate::checkpoint::{Checkpoint, SaveOptions, save};
@@ -17,14 +17,15 @@ use crate::distill::student;
 use crate::hybrid::{Conversion, FitOptions, Init, LayerFit, LayerSet, MixerShape, fit};
 use crate::model::Model;
 use crate::report::table::{Align, Table};
-use crate::text::dataset::{Documents, LossOn, read_records};
+use crate::text::cache::Cache;
+use crate::text::encode::{Encoder, LossOn, Render};
 use crate::text::packing::Batches;
-use crate::text::tokenizer::Tokenizer;
+use crate::text::tokenizer::{self, Tokenizer, TokenizerError};
 
 /// Turns attention layers into Mamba layers, or stores a model as another dtype.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder; its Mamba layers, if it has any, stay as they are.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME; its Mamba layers, if it has any, stay as they are.
     model: PathBuf,
     /// The new folder; its tokenizer and generation files are the model's.
     #[arg(long, value_name = "DIR")]
@@ -73,8 +74,10 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     refuse_existing(&arguments.out)?;
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let model = Checkpoint::open(&arguments.model)?;
     let original = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
     let teacher = original.as_ref().unwrap_or(&model);
@@ -94,7 +97,12 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let dtype = arguments.dtype.unwrap_or(model.dtype());
     let specs = conversion.config().tensors();
     let bar = progress(specs.len(), "tensors");
-    let options = SaveOptions { copy_from: Some(&arguments.model), ..SaveOptions::new(dtype) };
+    let made = tempfile::tempdir()?;
+    let tokenizer = tokenizer::folder_of(&arguments.model, |write| {
+        write(made.path())?;
+        Ok::<_, TokenizerError>(made.path().to_path_buf())
+    })?;
+    let options = SaveOptions { copy_from: Some(&tokenizer), ..SaveOptions::new(dtype) };
     save(&arguments.out, conversion.config(), &options, |spec| {
         bar.inc(1);
         let of_device = fitted.as_ref().filter(|_| conversion.is_new(spec));
@@ -116,8 +124,9 @@ fn fitted(
     conversion: &Conversion,
     (teacher, student): (&Checkpoint, &Checkpoint),
 ) -> anyhow::Result<(Model, Vec<LayerFit>)> {
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
-    let documents = Documents::tokenise(&read_records(data)?, &tokenizer, LossOn::All)?;
+    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let encoder = Encoder::new(&tokenizer, Render::Auto, LossOn::All);
+    let [documents, _] = Cache::usual().documents(&[data.to_path_buf()], 0.0, &encoder, &mut tokenising())?;
     let mut batches = Batches::new(Arc::new(documents), arguments.context.get(), 1, arguments.seed)?;
     let batches = student::fit_batches(&mut batches, arguments.fit_tokens.get())?;
     let device: Device = select::open(arguments.backend, arguments.threads)?;

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::common::{DeviceArguments, print, print_json};
+use super::common::{DeviceArguments, print, print_json, tokenising};
 use super::interrupt;
 use crate::distill::config::Config;
 use crate::distill::plan::{Plan, measured_flops};
 use crate::distill::watch::{Event, Watcher};
 use crate::distill::{Setup, distill};
+use crate::text::cache;
 use crate::train::settings;
 
 /// How often a step is told of where there is no terminal.
@@ -91,12 +92,13 @@ struct Progress {
     told: Instant,
     tokens: usize,
     since: Instant,
+    tokenising: Box<dyn FnMut(cache::Progress)>,
 }
 
 impl Progress {
     fn new() -> Self {
         let now = Instant::now();
-        Progress { bar: ProgressBar::new(0), told: now, tokens: 0, since: now }
+        Progress { bar: ProgressBar::new(0), told: now, tokens: 0, since: now, tokenising: Box::new(tokenising()) }
     }
 
     /// A bar of `length` from now on.
@@ -128,6 +130,7 @@ impl Watcher for Progress {
 
     fn hear(&mut self, event: Event<'_>) {
         match event {
+            Event::Tokens(progress) => (self.tokenising)(progress),
             Event::Scored { name, scores } => {
                 let kl = scores.teacher.as_ref().map_or(0.0, |teacher| teacher.reverse_kl);
                 let (loss, exact) = (scores.cross_entropy, 100.0 * scores.exact);

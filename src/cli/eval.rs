@@ -5,27 +5,26 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json, progress};
+use super::common::{DeviceArguments, TextArguments, located, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
 use crate::eval::Evaluator;
 use crate::report::table::{Align, Table};
-use crate::text::dataset::{Documents, LossOn, read_records};
 use crate::text::tokenizer::Tokenizer;
 
 /// Perplexity and exact answers on data; with a teacher, KL and agreement too.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
-    /// JSON lines with `text`, `prompt`/`completion` or `question`/`answer`, or a .txt; several are scored apart.
+    /// JSON lines or Parquet with `text`, `messages`, `prompt`/`completion` or `question`/`answer`, or a .txt; several are
+    /// scored apart.
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<PathBuf>,
     /// Compare with this model.
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Score prompts too, not only what answers them.
-    #[arg(long)]
-    prompts: bool,
+    #[command(flatten)]
+    text: TextArguments,
     /// At most this many documents of each file.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -39,16 +38,16 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let teacher = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
-    let loss = if arguments.prompts { LossOn::All } else { LossOn::Response };
+    let tokenizer = Tokenizer::open(&arguments.model)?;
     let mut sets = Vec::new();
     for path in &arguments.data {
-        let mut records = read_records(path)?;
-        records.truncate(arguments.limit.unwrap_or(usize::MAX));
-        sets.push((path, Documents::tokenise(&records, &tokenizer, loss)?));
+        let documents = arguments.text.documents(path, &tokenizer)?;
+        sets.push((path, documents.first(arguments.limit.unwrap_or(usize::MAX))));
     }
     let device = arguments.device.open()?;
     let model = arguments.device.load(&device, &checkpoint)?;

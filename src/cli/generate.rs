@@ -1,20 +1,22 @@
-//! `h1 generate MODEL --prompt TEXT`.
+//! `h1 generate MODEL --prompt TEXT [--chat]`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
-use serde_json::json;
+use anyhow::{Context, anyhow, ensure};
+use serde_json::{Value, json};
 
-use super::common::{DeviceArguments, print, print_json, print_part};
+use super::common::{DeviceArguments, located, print, print_json, print_part};
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Event, Finish, Generator, Limits, Request};
-use crate::text::tokenizer::{DecodeStream, Tokenizer};
+use crate::text::record;
+use crate::text::template::{Clock, Conversation, Message, message};
+use crate::text::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
 
 /// Continue texts, several at once.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// A text to continue; may be given several times.
     #[arg(long, short, value_name = "TEXT")]
@@ -22,6 +24,15 @@ pub(super) struct Arguments {
     /// A file with a text to continue on each line.
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
+    /// Take each prompt as what a user says, and answer it, as the model's chat template has it.
+    #[arg(long)]
+    chat: bool,
+    /// What the system says before that.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// A JSON file with a conversation to answer: a list of messages, or an object with `messages` and `tools`.
+    #[arg(long, value_name = "FILE")]
+    messages: Option<PathBuf>,
     /// New tokens, at most.
     #[arg(long, value_name = "N", default_value = "256")]
     max_new_tokens: std::num::NonZeroUsize,
@@ -48,19 +59,68 @@ struct Text {
     finish: Option<Finish>,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let mut prompts = arguments.prompt.clone();
+/// What a model goes on with.
+struct Prompt {
+    text: String,
+    /// Whether the tokenizer puts bos in front; a template has it in its text.
+    special: bool,
+}
+
+impl Prompt {
+    /// What is written before the answer: a text goes on, an answer stands alone.
+    fn shown(&self) -> &str {
+        if self.special { &self.text } else { "" }
+    }
+}
+
+/// The texts to continue and the conversations to answer.
+fn prompts(arguments: &Arguments, said: Vec<String>, tokenizer: &Tokenizer) -> anyhow::Result<Vec<Prompt>> {
+    let answer = |messages: &[Message], tools: Option<&Value>| {
+        let template = tokenizer.template().ok_or(TokenizerError::NoTemplate)?;
+        let conversation = Conversation { messages, tools, add_generation_prompt: true, clock: Clock::Now };
+        Ok::<_, anyhow::Error>(Prompt { text: template.render(&conversation)?, special: false })
+    };
+    let mut prompts = Vec::new();
+    for text in said {
+        prompts.push(match arguments.chat {
+            false => Prompt { text, special: true },
+            true => {
+                let system = arguments.system.iter().map(|system| message("system", system));
+                answer(&system.chain([message("user", &text)]).collect::<Vec<_>>(), None)?
+            }
+        });
+    }
+    if let Some(path) = &arguments.messages {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let file: Value = serde_json::from_str(&text).with_context(|| format!("{} is no JSON", path.display()))?;
+        let (messages, tools) = match &file {
+            Value::Object(file) => (file.get("messages").unwrap_or(&Value::Null), file.get("tools")),
+            list => (list, None),
+        };
+        let turns = record::turns(messages).map_err(|problem| anyhow!("{}: {problem}", path.display()))?;
+        prompts.push(answer(&turns, tools)?);
+    }
+    Ok(prompts)
+}
+
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let mut said = arguments.prompt.clone();
     if let Some(path) = &arguments.prompts {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        prompts.extend(text.lines().map(str::to_owned));
+        said.extend(text.lines().map(str::to_owned));
     }
-    ensure!(!prompts.is_empty(), "there is nothing to continue: give --prompt TEXT or --prompts FILE");
+    ensure!(
+        !said.is_empty() || arguments.messages.is_some(),
+        "there is nothing to continue: give --prompt TEXT, --prompts FILE or --messages FILE"
+    );
+    arguments.model = located(&arguments.model)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
+    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let prompts = prompts(&arguments, said, &tokenizer)?;
     let mut requests = Vec::new();
-    for (index, prompt) in prompts.iter().enumerate() {
+    for (index, Prompt { text, special, .. }) in prompts.iter().enumerate() {
         requests.push(Request {
-            prompt: tokenizer.encode(prompt, true)?,
+            prompt: tokenizer.encode(text, *special)?,
             max_new_tokens: arguments.max_new_tokens.get(),
             temperature: arguments.temperature,
             seed: arguments.seed.wrapping_add(index as u64),
@@ -79,7 +139,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let streaming = prompts.len() == 1 && !arguments.json;
     let mut failure = None;
     if streaming {
-        print_part(&prompts[0])?;
+        print_part(prompts[0].shown())?;
     }
     generator.run(&requests, tokenizer.ends(), |index, event| {
         let text = &mut texts[index];
@@ -108,7 +168,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             .iter()
             .zip(&texts)
             .map(|(prompt, text)| {
-                json!({"prompt": prompt, "text": text.text, "tokens": text.tokens, "finish": text.finish})
+                json!({"prompt": prompt.text, "text": text.text, "tokens": text.tokens, "finish": text.finish})
             })
             .collect();
         print_json(&results)?;
@@ -116,7 +176,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         print("")?;
     } else {
         for (prompt, text) in prompts.iter().zip(&texts) {
-            print(&format!("{prompt}{}", text.text))?;
+            print(&format!("{}{}", prompt.shown(), text.text))?;
         }
     }
     Ok(ExitCode::SUCCESS)

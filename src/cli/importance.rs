@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json, progress};
+use super::common::{DeviceArguments, TextArguments, located, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
 use crate::distill::config::{Config, ImportanceConfig, LooConfig, MmrConfig, StudentConfig, TeacherConfig};
 use crate::distill::ground::Ground;
@@ -16,19 +16,18 @@ use crate::distill::watch::{Event, Watcher};
 use crate::hybrid::Init;
 use crate::model::config::BlockKind;
 use crate::report::table::{Align, Table};
-use crate::text::dataset::{Documents, LossOn, read_records};
 use crate::text::tokenizer::Tokenizer;
 use crate::train::config::{BatchConfig, OptimizerConfig};
 
 /// Ranks the attention layers of a model, least important first.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// Leave one layer out (loo), or replace one mixer and distil for a few steps (mmr).
     #[arg(long, value_name = "loo|mmr")]
     method: Method,
-    /// JSON lines with `text`, `prompt`/`completion` or `question`/`answer`, or a .txt.
+    /// JSON lines or Parquet with `text`, `messages`, `prompt`/`completion` or `question`/`answer`, or a .txt.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// The folder of the ranking, its plot and each layer's score [default: runs/importance-METHOD]
@@ -67,9 +66,8 @@ pub(super) struct Arguments {
     /// States a channel of that mixer [default: 16]
     #[arg(long, value_name = "N")]
     d_state: Option<usize>,
-    /// Score prompts too, not only what answers them.
-    #[arg(long)]
-    prompts: bool,
+    #[command(flatten)]
+    text: TextArguments,
     /// Seed of what is drawn.
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -80,16 +78,17 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let method = arguments.method;
     let name = format!("runs/importance-{}", method.name().to_lowercase());
     let out = arguments.out.clone().unwrap_or_else(|| name.into());
     ensure!(arguments.resume || !out.exists(), "{} already exists; --resume goes on with it", out.display());
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let student = Checkpoint::open(&arguments.model)?;
     let original = Checkpoint::open(arguments.teacher.as_ref().unwrap_or(&arguments.model))?;
-    let tokenizer = Tokenizer::from_folder(&arguments.model)?;
-    let loss = if arguments.prompts { LossOn::All } else { LossOn::Response };
-    let documents = Documents::tokenise(&read_records(&arguments.data)?, &tokenizer, loss)?;
+    let tokenizer = Tokenizer::open(&arguments.model)?;
+    let documents = arguments.text.documents(&arguments.data, &tokenizer)?;
     let config = config(&arguments);
     config.check()?;
     config.student.check(original.config(), student.config())?;

@@ -3,6 +3,7 @@
 mod bench;
 mod common;
 mod convert;
+mod data;
 mod distill;
 mod doctor;
 mod eval;
@@ -30,6 +31,7 @@ struct Cli {
 enum Verb {
     Bench(bench::Arguments),
     Convert(convert::Arguments),
+    Data(data::Arguments),
     Distill(distill::Arguments),
     Doctor(doctor::Arguments),
     Eval(eval::Arguments),
@@ -46,6 +48,7 @@ pub fn run() -> ExitCode {
     let result = match Cli::parse().verb {
         Verb::Bench(arguments) => bench::run(arguments),
         Verb::Convert(arguments) => convert::run(arguments),
+        Verb::Data(arguments) => data::run(arguments),
         Verb::Distill(arguments) => distill::run(arguments),
         Verb::Doctor(arguments) => doctor::run(arguments),
         Verb::Eval(arguments) => eval::run(arguments),

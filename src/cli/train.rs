@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json};
+use super::common::{DeviceArguments, print, print_json, tokenising};
 use super::interrupt;
 use crate::eval::Scores;
 use crate::train::config::TrainConfig;
@@ -46,7 +46,8 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let stem = arguments.config.file_stem().unwrap_or_default();
     let out = arguments.out.unwrap_or_else(|| Path::new("runs").join(stem));
     let device = arguments.device.open()?;
-    let mut job = Job::open(settings, (base, &out), arguments.resume, (&device, arguments.device.dtype()))?;
+    let mut job =
+        Job::open(settings, (base, &out), arguments.resume, (&device, arguments.device.dtype()), &mut tokenising())?;
     eprintln!(
         "{} parameters, {} documents of {} tokens in all, {} held out; steps {} to {} on {}",
         job.model().config().parameter_count(),

@@ -71,7 +71,7 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// A folder in Hugging Face form.
+    /// A folder in Hugging Face form, a GGUF file, or hub:ORG/NAME.
     pub path: Option<PathBuf>,
     /// The keys of a `config.json`.
     pub shape: Option<toml::Table>,
@@ -226,11 +226,13 @@ pub struct EvaluationConfig {
     pub documents: Option<usize>,
     /// Tokens of a sequence whose cache the table says the bytes of.
     pub context: usize,
+    /// Whether each stage's hybrid is scored before its training too.
+    pub before: bool,
 }
 
 impl Default for EvaluationConfig {
     fn default() -> Self {
-        EvaluationConfig { documents: None, context: 16384 }
+        EvaluationConfig { documents: None, context: 16384, before: false }
     }
 }
 
@@ -361,7 +363,7 @@ impl Config {
     /// When it cannot be read, or makes no sense.
     pub fn teacher_shape(&self, base: &Path) -> Result<ModelConfig> {
         match (&self.teacher.path, &self.teacher.shape) {
-            (Some(path), _) => Ok(checkpoint::read_config(&base.join(path))?),
+            (Some(path), _) => Ok(checkpoint::read_config(&checkpoint::locate(base, path)?)?),
             (None, shape) => {
                 let wrong = |what: String| Error::Configuration(format!("teacher.shape: {what}"));
                 let value = serde_json::to_value(shape).map_err(|error| wrong(error.to_string()))?;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::report::metrics::MetricsError;
 use crate::report::plot::PlotError;
-use crate::text::dataset::DatasetError;
+use crate::text::cache::LoadError;
 use crate::text::packing::PackingError;
 use crate::text::tokenizer::TokenizerError;
 use crate::{backend, checkpoint, eval, hybrid, train};
@@ -33,7 +33,7 @@ pub enum Error {
     Eval(#[from] eval::Error),
     /// A data set could not be read.
     #[error(transparent)]
-    Dataset(#[from] DatasetError),
+    Load(#[from] LoadError),
     /// A text could not be turned into tokens.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),

@@ -17,7 +17,7 @@ use crate::hybrid::{Conversion, FitOptions, Init, LayerSet, fit};
 use crate::model::Model;
 use crate::model::config::BlockKind;
 use crate::random;
-use crate::text::dataset::Documents;
+use crate::text::documents::Documents;
 use crate::text::packing::{Batch, Batches};
 use crate::train::teacher::Teacher;
 use crate::train::trainer::Room;
@@ -25,17 +25,10 @@ use crate::train::trainer::Room;
 /// Tokens of a call of an evaluation.
 pub(super) const CALL_TOKENS: usize = 2048;
 
-/// The first documents, until `enough` holds.
-pub(super) fn first(documents: &Documents, enough: impl Fn(&Documents) -> bool) -> Documents {
-    let mut taken = Documents::default();
-    for document in (0..documents.len()).map_while(|index| documents.get(index)) {
-        if enough(&taken) {
-            break;
-        }
-        let given = document.counts.iter().position(|counts| *counts).unwrap_or(document.counts.len());
-        taken.push(document.ids, given);
-    }
-    taken
+/// The first documents that have `tokens` tokens, or all of them.
+fn first(documents: &Documents, tokens: usize) -> Documents {
+    let enough = |count: &usize| documents.first(*count).tokens() >= tokens;
+    documents.first((1..documents.len()).find(enough).unwrap_or(documents.len()))
 }
 
 /// Room for a batch like the first one; more is made where one has more segments.
@@ -138,7 +131,7 @@ impl<'a> Ground<'a> {
         let config = self.config.importance.loo;
         let model = student.load(self.device, self.dtype)?;
         let teacher = (config.measure == Measure::ReverseKl).then_some(&*self.teacher);
-        let documents = first(&self.train, |documents| documents.tokens() >= config.tokens);
+        let documents = first(&self.train, config.tokens);
         let mut evaluator = Evaluator::new(&model, teacher, CALL_TOKENS)?;
         let all = student.config().num_hidden_layers();
         let progress = |layer, score| watcher.hear(Event::Layer { layer, score });

@@ -15,7 +15,7 @@ use super::{Error, Result};
 use crate::eval::{Evaluator, Scores};
 use crate::model::{Model, Skip};
 use crate::report::plot;
-use crate::text::dataset::Documents;
+use crate::text::documents::Documents;
 use crate::text::packing::Batch;
 use crate::train::schedule::Schedule;
 use crate::train::teacher::Teacher;

@@ -3,6 +3,7 @@
 //! ```text
 //! RUN/config.toml, metrics.jsonl, checkpoints/     as in every run of training
 //! RUN/device.json                                  what it runs on
+//! RUN/tokenizer/                                   the files of a tokenizer that came in a GGUF file
 //! RUN/rankings/01.json, 01.svg                     how the layers of a stage were chosen
 //! RUN/fits/01.json                                 what mil-fit explains
 //! RUN/stages/01/                                   the model of a stage, a Hugging Face folder
@@ -20,22 +21,22 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::config::Config;
-use super::ground::{self, CALL_TOKENS, Deaf, Ground, room};
+use super::ground::{CALL_TOKENS, Deaf, Ground, room};
 use super::importance::Ranking;
 use super::piece::{once, read_json, write_json, write_text};
 use super::table::{Row, Summary};
 use super::watch::{Event, Watcher};
 use super::{Error, Result};
 use crate::backend::{DType, Device};
-use crate::checkpoint::{Checkpoint, SaveOptions, save_model_into};
+use crate::checkpoint::{self, Checkpoint, SaveOptions, save_model_into};
 use crate::eval::Evaluator;
 use crate::hybrid::{Init, LayerSet};
 use crate::model::Model;
 use crate::model::config::BlockKind;
 use crate::report::metrics::{self, Record};
 use crate::report::plot;
-use crate::text::dataset::Documents;
-use crate::text::tokenizer::Tokenizer;
+use crate::text::documents::Documents;
+use crate::text::tokenizer::{self, Tokenizer};
 use crate::train::Run;
 use crate::train::run::Saved;
 use crate::train::session::{self, Observer, Outcome, Plan, SessionState};
@@ -66,6 +67,8 @@ struct Distillation<'a> {
     config: &'a Config,
     ground: Ground<'a>,
     held_out: Documents,
+    /// The folder whose tokenizer files go into models and checkpoints.
+    tokenizer: PathBuf,
     run: Run,
     /// Tokens of training so far.
     tokens: u64,
@@ -76,7 +79,7 @@ struct Distillation<'a> {
 /// # Errors
 /// When the configuration, the data or the run are not to be had, the device fails, or training diverges.
 pub fn distill(setup: Setup<'_>, watcher: &mut dyn Watcher) -> Result<Option<Summary>> {
-    let (mut distillation, mut saved) = Distillation::open(setup)?;
+    let (mut distillation, mut saved) = Distillation::open(setup, watcher)?;
     distillation.score(TEACHER, || distillation.load(distillation.ground.original.path()), watcher)?;
     for index in 0..distillation.config.stages.len() {
         if distillation.stage(index, &mut saved, watcher)? == Outcome::Interrupted {
@@ -104,10 +107,10 @@ struct DeviceFile {
 
 impl<'a> Distillation<'a> {
     /// Opens the run and reads what all stages need.
-    fn open(setup: Setup<'a>) -> Result<(Self, Option<Saved<SessionState>>)> {
+    fn open(setup: Setup<'a>, watcher: &mut dyn Watcher) -> Result<(Self, Option<Saved<SessionState>>)> {
         let Setup { config, base, device, dtype, .. } = setup;
         config.check()?;
-        let Some(path) = config.teacher.path.as_ref().map(|path| base.join(path)) else {
+        let Some(path) = config.teacher.path.as_ref().map(|path| checkpoint::locate(base, path)).transpose()? else {
             return Err(Error::Configuration("teacher.shape is enough for --plan alone; to distil, give path".into()));
         };
         let Some(data) = &config.data else {
@@ -116,15 +119,17 @@ impl<'a> Distillation<'a> {
         let original = Checkpoint::open(&path)?;
         config.counts(original.config())?;
         config.student.check(original.config(), original.config())?;
-        let tokenizer = Tokenizer::from_folder(&path)?;
-        let mut data = data.load(base, &tokenizer)?;
+        let tokenizer = Tokenizer::open(&path)?;
+        let mut data = data.load(base, &tokenizer, &mut |progress| watcher.hear(Event::Tokens(progress)))?;
         if data.test.is_empty() {
             return Err(Error::Configuration("data: nothing is held out to score models on".into()));
         }
         if let Some(most) = config.evaluation.documents {
-            data.test = ground::first(&data.test, |documents| documents.len() >= most);
+            data.test = data.test.first(most);
         }
         let (run, saved) = Run::open(setup.folder, setup.text, setup.resume, config.checkpoint.keep)?;
+        let tokenizer_folder: PathBuf =
+            tokenizer::folder_of(&path, |write| run.publish("tokenizer", |folder| Ok(write(folder)?)))?;
         let now = DeviceFile {
             backend: device.info().name.to_owned(),
             dtype: dtype.to_string(),
@@ -138,7 +143,7 @@ impl<'a> Distillation<'a> {
         }
         let tokens = saved.as_ref().map_or(0, |saved: &Saved<SessionState>| saved.state.tokens);
         let ground = Ground::new(config, (device, dtype), original, data.train)?;
-        Ok((Distillation { config, ground, held_out: data.test, run, tokens }, saved))
+        Ok((Distillation { config, ground, held_out: data.test, tokenizer: tokenizer_folder, run, tokens }, saved))
     }
 
     /// A file or folder of the run.
@@ -226,7 +231,11 @@ impl<'a> Distillation<'a> {
             Some(saved) => Checkpoint::open(&saved.folder)?.load(device, dtype)?,
             None => {
                 let fits = self.path(format!("fits/{}.json", number(index)));
-                self.ground.assemble(before, new, config.init_of(index), Some(&fits), watcher)?
+                let model = self.ground.assemble(before, new, config.init_of(index), Some(&fits), watcher)?;
+                if config.evaluation.before {
+                    self.row(&before_name(index), &model, watcher)?;
+                }
+                model
             }
         };
         let mut batches = self.ground.batches(&format!("batches of stage {}", index + 1))?;
@@ -244,14 +253,14 @@ impl<'a> Distillation<'a> {
             offset: self.offset(index),
             checkpoint_every: config.checkpoint.every,
             evaluate_every: 0,
-            tokenizer: Some(self.ground.original.path()),
+            tokenizer: Some(&self.tokenizer),
         };
         let (steps, tokens) = (plan.steps, self.tokens);
         let mut looker = Looker { watcher, stage: index, steps, tokens };
         let outcome = session::train(&mut self.run, &mut trainer, &mut batches, (&plan, tokens), &mut looker)?;
         self.tokens = looker.tokens;
         if outcome == Outcome::Finished {
-            let options = SaveOptions { copy_from: Some(self.ground.original.path()), ..SaveOptions::new(dtype) };
+            let options = SaveOptions { copy_from: Some(&self.tokenizer), ..SaveOptions::new(dtype) };
             let name = format!("stages/{}", number(index));
             self.run.publish(&name, |folder| Ok(save_model_into(folder, trainer.model(), &options)?))?;
         }
@@ -265,13 +274,26 @@ impl<'a> Distillation<'a> {
 
     /// The row of a model in the table: scored once.
     fn score(&self, name: &str, model: impl FnOnce() -> Result<Model>, watcher: &mut dyn Watcher) -> Result<Row> {
-        once(&self.path(format!("evals/{name}.json")), || {
-            let (model, context) = (model()?, self.config.evaluation.context);
-            let mut evaluator = Evaluator::new(&model, Some(&self.ground.teacher), CALL_TOKENS)?;
+        match self.eval(name).exists() {
+            true => read_json(&self.eval(name)),
+            false => self.row(name, &model()?, watcher),
+        }
+    }
+
+    /// The same of a model that is there.
+    fn row(&self, name: &str, model: &Model, watcher: &mut dyn Watcher) -> Result<Row> {
+        once(&self.eval(name), || {
+            let mut evaluator = Evaluator::new(model, Some(&self.ground.teacher), CALL_TOKENS)?;
             let scores = evaluator.run(&self.held_out, None, |_| ())?;
             watcher.hear(Event::Scored { name, scores: &scores });
+            let context = self.config.evaluation.context;
             Ok(Row::new(name, model.config(), &scores, (context, self.ground.dtype, self.tokens)))
         })
+    }
+
+    /// Where the scores of a model are kept.
+    fn eval(&self, name: &str) -> PathBuf {
+        self.path(format!("evals/{name}.json"))
     }
 
     fn load(&self, folder: &Path) -> Result<Model> {
@@ -302,9 +324,9 @@ impl<'a> Distillation<'a> {
     /// Writes the table of all models that were scored so far, and the plot of the loss.
     fn report(&self) -> Result<Summary> {
         let untrained = Init::ALL.map(untrained);
-        let stages = (0..self.config.stages.len()).map(stage_name);
+        let stages = (0..self.config.stages.len()).flat_map(|index| [before_name(index), stage_name(index)]);
         let names = std::iter::once(TEACHER.to_owned()).chain(untrained).chain(stages);
-        let paths = names.map(|name| self.path(format!("evals/{name}.json"))).filter(|path| path.exists());
+        let paths = names.map(|name| self.eval(&name)).filter(|path| path.exists());
         let summary = Summary {
             context: self.config.evaluation.context,
             layers: self.ground.original.config().num_hidden_layers(),
@@ -349,6 +371,10 @@ fn number(index: usize) -> String {
 
 fn stage_name(index: usize) -> String {
     format!("stage-{}", number(index))
+}
+
+fn before_name(index: usize) -> String {
+    format!("{} before", stage_name(index))
 }
 
 fn untrained(init: Init) -> String {

@@ -34,11 +34,7 @@ pub fn tensor(
     student: &Checkpoint,
     spec: &crate::model::tensors::TensorSpec,
 ) -> Result<Vec<f32>> {
-    let read = |checkpoint: &Checkpoint, name: &str| {
-        let stored = checkpoint.stored(name)?;
-        stored.check_finite()?;
-        Ok(stored.to_f32()?.values)
-    };
+    let read = |checkpoint: &Checkpoint, name: &str| Ok(checkpoint.stored(name)?.to_finite_f32()?.values);
     match conversion.is_new(spec) {
         true => conversion.tensor(spec, |name| read(teacher, name)),
         false => read(student, &spec.name),

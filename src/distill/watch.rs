@@ -2,6 +2,7 @@
 
 use crate::eval::Scores;
 use crate::hybrid::{LayerFit, LayerSet};
+use crate::text::cache::Progress;
 use crate::train::trainer::StepReport;
 
 use super::importance::Method;
@@ -9,6 +10,8 @@ use super::importance::Method;
 /// What happened.
 #[derive(Debug)]
 pub enum Event<'a> {
+    /// Texts are turned into tokens.
+    Tokens(Progress),
     /// A model was scored.
     Scored {
         /// Which.

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::backend::ops::{LossWeights, Scaling};
 use crate::backend::{self, DType, Segments};
 use crate::model::{Activations, FinalNorm, Keep, LossHead, LossKind, Model, Skip, Targets};
-use crate::text::dataset::Documents;
+use crate::text::documents::Documents;
 use crate::text::packing::{Batch, PackingError, Rows};
 
 /// What keeps a model from being evaluated.

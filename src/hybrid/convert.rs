@@ -182,7 +182,11 @@ impl MixerShape {
             let dt_rank = self.dt_rank.unwrap_or_else(|| MambaConfig::auto_dt_rank(student.hidden_size));
             let (inner, xb) = (teacher.query_width(), teacher.key_value_width());
             let base = MambaConfig::new(self.d_state.unwrap_or(D_STATE), inner, xb, dt_rank);
-            return Ok(MambaConfig { d_conv: self.d_conv.unwrap_or(base.d_conv), ..base });
+            return Ok(MambaConfig {
+                d_conv: self.d_conv.unwrap_or(base.d_conv),
+                bias: teacher.attention_bias,
+                ..base
+            });
         };
         let sizes = [
             ("d_state", self.d_state, mamba.d_state),
@@ -190,6 +194,7 @@ impl MixerShape {
             ("d_conv", self.d_conv, mamba.d_conv),
             ("d_inner", Some(teacher.query_width()), mamba.d_inner),
             ("d_xb", Some(teacher.key_value_width()), mamba.d_xb),
+            ("biases for those of the teacher:", teacher.attention_bias.then_some(1), mamba.bias.into()),
         ];
         for (what, asked, found) in sizes {
             if let Some(asked) = asked.filter(|asked| *asked != found) {

@@ -13,6 +13,8 @@ pub(super) struct Mixer {
     mamba: MambaConfig,
     hidden: usize,
     head_dim: usize,
+    /// Whether the attention has biases to copy.
+    attention_bias: bool,
     init: Init,
     seed: u64,
 }
@@ -28,7 +30,8 @@ impl Mixer {
         if init == Init::MilAligned && !head_dim.is_multiple_of(d_state) {
             return Err(HybridError::Misaligned { head_dim, d_state });
         }
-        Ok(Mixer { mamba, hidden: teacher.hidden_size, head_dim, init, seed })
+        let (hidden, attention_bias) = (teacher.hidden_size, teacher.attention_bias);
+        Ok(Mixer { mamba, hidden, head_dim, attention_bias, init, seed })
     }
 
     /// The values of one tensor, row-major.
@@ -40,12 +43,12 @@ impl Mixer {
         let layer = spec.layer.unwrap_or_default();
         let copies = self.init != Init::Random;
         let part = spec.name.strip_prefix(&layer_tensor(layer, "mixer.")).unwrap_or_default();
-        let attention = |projection: &str, rows: usize, cols: usize| {
-            let name = layer_tensor(layer, &format!("self_attn.{projection}.weight"));
+        let attention = |part: &str, expected: usize| {
+            let name = layer_tensor(layer, &format!("self_attn.{part}"));
             let values = teacher(&name)?;
             match values.len() {
-                found if found == rows * cols => Ok(values),
-                found => Err(E::from(HybridError::Size { name, expected: rows * cols, found })),
+                found if found == expected => Ok(values),
+                found => Err(E::from(HybridError::Size { name, expected, found })),
             }
         };
         let MambaConfig { d_inner, d_xb, d_state, dt_rank, d_conv, .. } = self.mamba;
@@ -53,17 +56,20 @@ impl Mixer {
         Ok(match part {
             "in_proj.weight" if copies => {
                 let mut values = self.uniform(spec, d_inner * self.hidden, linear);
-                values.extend(attention("v_proj", d_xb, self.hidden)?);
-                values.extend(attention("k_proj", d_xb, self.hidden)?);
-                let queries = attention("q_proj", d_inner, self.hidden)?;
-                match self.init {
-                    Init::MilAligned => values.extend(self.aligned_rows(&queries)),
-                    _ => values.extend(queries),
-                }
+                values.extend(attention("v_proj.weight", d_xb * self.hidden)?);
+                values.extend(attention("k_proj.weight", d_xb * self.hidden)?);
+                values.extend(self.in_order(attention("q_proj.weight", d_inner * self.hidden)?, self.hidden));
+                values
+            }
+            "in_proj.bias" if copies && self.attention_bias => {
+                let mut values = vec![0.0; d_inner];
+                values.extend(attention("v_proj.bias", d_xb)?);
+                values.extend(attention("k_proj.bias", d_xb)?);
+                values.extend(self.in_order(attention("q_proj.bias", d_inner)?, 1));
                 values
             }
             "out_proj.weight" if copies => {
-                let output = attention("o_proj", self.hidden, d_inner)?;
+                let output = attention("o_proj.weight", self.hidden * d_inner)?;
                 if self.init == Init::MilAligned { self.aligned_columns(&output) } else { output }
             }
             "in_proj.weight" | "dt_in_proj.weight" => self.uniform(spec, spec.len(), linear),
@@ -112,9 +118,12 @@ impl Mixer {
         })
     }
 
-    fn aligned_rows(&self, queries: &[f32]) -> Vec<f32> {
-        let rows = self.aligned_channels();
-        rows.flat_map(|row| queries[row * self.hidden..(row + 1) * self.hidden].iter().copied()).collect()
+    /// The rows of the queries' projection, of `width` values each, in the order of the hybrid's channels.
+    fn in_order(&self, queries: Vec<f32>, width: usize) -> Vec<f32> {
+        if self.init != Init::MilAligned {
+            return queries;
+        }
+        self.aligned_channels().flat_map(|row| queries[row * width..(row + 1) * width].iter().copied()).collect()
     }
 
     fn aligned_columns(&self, output: &[f32]) -> Vec<f32> {

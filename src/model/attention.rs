@@ -1,4 +1,4 @@
-//! The attention mixer: `o(attention(rope(q x), rope(k x), v x))`.
+//! The attention mixer: `o(attention(rope(q x), rope(k x), v x))`; the projections q, k and v may have biases.
 
 use super::cache::{LayerCache, PAGE_SIZE};
 use super::call::{Call, matrix_gradient};
@@ -91,8 +91,9 @@ pub(super) fn attend(
 ) -> Result<()> {
     let (device, n, segments) = (call.device, call.tokens, call.segments);
     let (q, k, v) = (saved.q.of(n)?, saved.k.of(n)?, saved.v.of(n)?);
-    for (weight, out) in [(ids.q, q), (ids.k, k), (ids.v, v)] {
-        device.linear(&Linear { x, weight: weights.view(weight)?, bias: None, out: Out::assign(out) })?;
+    for (weight, bias, out) in [(ids.q, ids.q_bias, q), (ids.k, ids.k_bias, k), (ids.v, ids.v_bias, v)] {
+        let (weight, bias) = (weights.view(weight)?, bias.map(|bias| weights.view(bias)).transpose()?);
+        device.linear(&Linear { x, weight, bias, out: Out::assign(out) })?;
     }
     rotate(call, config, inv_freq, q, false)?;
     rotate(call, config, inv_freq, k, false)?;
@@ -160,8 +161,10 @@ pub(super) fn backward(
     })?;
     rotate(call, config, inv_freq, dq, true)?;
     rotate(call, config, inv_freq, dk, true)?;
-    for (i, (id, dout)) in [(ids.q, dq), (ids.k, dk), (ids.v, dv)].into_iter().enumerate() {
-        matrix_gradient(call, (x, dout), gradients.of(id)?, None)?;
+    let projections = [(ids.q, ids.q_bias, dq), (ids.k, ids.k_bias, dk), (ids.v, ids.v_bias, dv)];
+    for (i, (id, bias, dout)) in projections.into_iter().enumerate() {
+        let dbias = bias.map(|bias| gradients.of(bias)).transpose()?.flatten();
+        matrix_gradient(call, (x, dout), gradients.of(id)?, dbias)?;
         let (weight, dx) = (weights.view(id)?, Out { view: dx, add: i > 0 });
         device.linear_backward_input(&LinearBackwardInput { dout, weight, dx })?;
     }

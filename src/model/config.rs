@@ -1,6 +1,6 @@
 //! The shape of a model, as a `config.json` of Hugging Face says it.
 //!
-//! [`ModelConfig::from_json`] reads the spellings of Mistral, Llama and the attention/Mamba hybrid;
+//! [`ModelConfig::from_json`] reads the spellings of Mistral, Llama, Qwen2 and the attention/Mamba hybrid;
 //! [`ModelConfig::to_json`] writes what the published PyTorch classes load. [`ModelConfig::validate`] holds every size
 //! within bounds that no later product can overflow.
 
@@ -21,6 +21,8 @@ pub enum Family {
     Mistral,
     /// `LlamaForCausalLM`.
     Llama,
+    /// `Qwen2ForCausalLM`: a Llama with biases on queries, keys and values.
+    Qwen2,
     /// The hybrid, in any spelling of its `model_type`; a Mistral whose blocks have kinds.
     AprielH,
 }
@@ -56,8 +58,17 @@ impl BlockKind {
 pub struct Rope {
     /// The base of the frequencies.
     pub theta: f64,
-    /// The frequency scaling of Llama 3, if any.
-    pub scaling: Option<Llama3Scaling>,
+    /// How the frequencies are scaled for contexts longer than those of the original training, if they are.
+    pub scaling: Option<RopeScaling>,
+}
+
+/// `rope_scaling`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Type `linear`: every frequency is divided by this factor.
+    Linear(f64),
+    /// Type `llama3`.
+    Llama3(Llama3Scaling),
 }
 
 /// `rope_scaling` of type `llama3`: low frequencies are divided by `factor`, high ones kept, those between blended.
@@ -190,6 +201,8 @@ pub struct ModelConfig {
     pub rope: Rope,
     /// A query at position p sees keys p − window + 1 ..= p.
     pub sliding_window: Option<usize>,
+    /// Whether the projections to queries, keys and values have biases.
+    pub attention_bias: bool,
     /// Whether the embedding is the head too.
     pub tie_word_embeddings: bool,
     /// Longest context that the model was made for, in tokens.
@@ -236,7 +249,8 @@ impl ModelConfig {
     pub fn inv_freq(&self) -> Vec<f32> {
         let scale = |f: f64| match &self.rope.scaling {
             None => f,
-            Some(scaling) => scaling.apply(f),
+            Some(RopeScaling::Linear(factor)) => f / factor,
+            Some(RopeScaling::Llama3(scaling)) => scaling.apply(f),
         };
         let exponent = |j: usize| -2.0 * j as f64 / self.head_dim as f64;
         (0..self.head_dim / 2).map(|j| scale(self.rope.theta.powf(exponent(j))) as f32).collect()
@@ -244,7 +258,8 @@ impl ModelConfig {
 }
 
 impl Llama3Scaling {
-    fn apply(&self, f: f64) -> f64 {
+    /// A frequency, in radians a token, as scaled.
+    pub(crate) fn apply(&self, f: f64) -> f64 {
         let wavelength = 2.0 * std::f64::consts::PI / f;
         let context = self.original_max_position_embeddings as f64;
         if wavelength > context / self.low_freq_factor {

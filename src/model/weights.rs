@@ -17,6 +17,12 @@ pub struct AttentionIds {
     pub v: ParameterId,
     /// `[hidden, heads·head_dim]`.
     pub o: ParameterId,
+    /// `[heads·head_dim]`.
+    pub q_bias: Option<ParameterId>,
+    /// `[kv_heads·head_dim]`.
+    pub k_bias: Option<ParameterId>,
+    /// `[kv_heads·head_dim]`.
+    pub v_bias: Option<ParameterId>,
 }
 
 /// The weights of an `m2` mixer.
@@ -108,6 +114,9 @@ impl ModelIds {
                     k: of("self_attn.k_proj.weight")?,
                     v: of("self_attn.v_proj.weight")?,
                     o: of("self_attn.o_proj.weight")?,
+                    q_bias: maybe("self_attn.q_proj.bias"),
+                    k_bias: maybe("self_attn.k_proj.bias"),
+                    v_bias: maybe("self_attn.v_proj.bias"),
                 }),
                 BlockKind::Mamba => MixerIds::Mamba(MambaIds {
                     in_proj: of("mixer.in_proj.weight")?,

@@ -100,7 +100,7 @@ mod tests {
     fn example() -> Tokenizer {
         let folder = tempfile::tempdir().unwrap();
         write_character_tokenizer(folder.path(), ALPHABET).unwrap();
-        Tokenizer::from_folder(folder.path()).unwrap()
+        Tokenizer::open(folder.path()).unwrap()
     }
 
     #[test]

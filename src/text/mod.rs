@@ -1,9 +1,14 @@
 //! Tokenizer, data sets, packing into segments.
 
 pub mod arithmetic;
+pub mod cache;
 pub mod characters;
 pub mod dataset;
+pub mod documents;
+pub mod encode;
 pub mod packing;
+pub mod record;
+pub mod template;
 pub mod tokenizer;
 
 use sha2::{Digest, Sha256};

@@ -3,7 +3,7 @@
 //! A row is a budget, not a shape: there is no padding, a batch is its documents one after the other, each a segment
 //! that sees nothing of the others.
 
-use super::dataset::Documents;
+use super::documents::Documents;
 use crate::random;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,24 @@
-//! The tokenizer of a model folder: text to ids and back, whole or as a stream.
+//! The tokenizer of a model: text to ids and back, whole or as a stream.
 
+mod byte_level;
+mod check;
+mod files;
+mod gguf;
+mod pre;
+mod stream;
+mod tekken;
+
+use super::template::{ChatTemplate, TemplateError};
+use crate::checkpoint::{CheckpointError, write_file};
+use byte_level::ByteLevel;
+use files::Files;
 use serde_json::Value;
-use std::io;
+use sha2::{Digest, Sha256};
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+pub use stream::DecodeStream;
+use tokenizers::{Decoder, DecoderWrapper};
 
 /// The file that holds a tokenizer.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -10,10 +26,17 @@ pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The file that names a tokenizer's special tokens.
 pub const CONFIG_FILE: &str = "tokenizer_config.json";
 
-/// The files beside the weights that say how to turn text into ids: those that a new checkpoint takes over from its
-/// source.
-pub const FILES: [&str; 5] =
-    [TOKENIZER_FILE, CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
+/// Mistral's form of a tokenizer.
+pub const TEKKEN_FILE: &str = "tekken.json";
+
+/// A chat template that is not in [`CONFIG_FILE`].
+pub const TEMPLATE_FILE: &str = "chat_template.jinja";
+
+/// The file that says which ids end a text.
+const GENERATION_FILE: &str = "generation_config.json";
+
+/// The special tokens that a template may name.
+const NAMED: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
 
 /// Why a tokenizer could not be had, or could not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +49,7 @@ pub enum TokenizerError {
         /// What the system said.
         source: io::Error,
     },
-    /// The folder has no `tokenizer.json`.
+    /// The folder has no `tokenizer.json` and no `tekken.json`.
     #[error("{}: no {TOKENIZER_FILE} in this folder; a model folder in Hugging Face form has one", folder.display())]
     Missing {
         /// The folder.
@@ -40,53 +63,115 @@ pub enum TokenizerError {
         /// What was expected and what was found.
         problem: String,
     },
+    /// A GGUF file could not be read.
+    #[error(transparent)]
+    Gguf(#[from] Box<CheckpointError>),
+    /// The chat template could not be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// There is a conversation to be rendered, but no chat template.
+    #[error("the model has no chat template: give plain text instead of messages")]
+    NoTemplate,
     /// The text could not be encoded, or the ids could not be decoded.
     #[error("the tokenizer failed: {0}")]
     Failed(String),
 }
 
-/// A tokenizer with the ids that begin and end a text.
+impl From<CheckpointError> for TokenizerError {
+    fn from(error: CheckpointError) -> Self {
+        TokenizerError::Gguf(Box::new(error))
+    }
+}
+
+/// A tokenizer with the ids that begin and end a text, and the chat template of its model.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    bytes: Option<ByteLevel>,
     bos: Option<u32>,
     eos: Vec<u32>,
     adds_bos: bool,
+    template: Option<ChatTemplate>,
+    files: Vec<(&'static str, Value)>,
+    identity: [u8; 32],
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder, and bos and eos from `tokenizer_config.json`, `config.json` and
-    /// `generation_config.json`, as far as they are there.
+    /// The tokenizer of a model: a folder in Hugging Face form, or a GGUF file.
     ///
-    /// Truncation and padding that a `tokenizer.json` may ask for are dropped: no text is cut or filled in silence.
-    pub fn from_folder(folder: &Path) -> Result<Tokenizer, TokenizerError> {
-        let path = folder.join(TOKENIZER_FILE);
-        let Some(bytes) = read(&path)? else {
-            return Err(match folder.is_dir() {
-                true => TokenizerError::Missing { folder: folder.to_path_buf() },
-                false => TokenizerError::Format { path: folder.to_path_buf(), problem: "no such folder".into() },
-            });
-        };
-        let format =
-            |error: tokenizers::Error| TokenizerError::Format { path: path.clone(), problem: error.to_string() };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(format)?;
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(format)?;
+    /// In a folder it is `tokenizer.json`, or `tekken.json` where there is none; bos, eos and the template come from
+    /// `tokenizer_config.json`, `chat_template.jinja`, `config.json` and `generation_config.json`, as far as they are
+    /// there. Truncation and padding that a `tokenizer.json` may ask for are dropped: no text is cut or filled in silence.
+    ///
+    /// # Errors
+    /// When there is none, or it is not one that h1 takes.
+    pub fn open(model: &Path) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::new(Files::open(model)?)
+    }
+
+    /// A tokenizer from the text of a `tokenizer.json` alone.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn from_json(text: &[u8]) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::new(Files::of_json(TOKENIZER_FILE, text)?)
+    }
+
+    /// A tokenizer from the text of a `tekken.json` alone.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn from_tekken(text: &[u8]) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::new(tekken::files(Path::new(TEKKEN_FILE), text)?)
+    }
+
+    fn new(files: Files) -> Result<Tokenizer, TokenizerError> {
+        let Files { path, mut tokenizer, config, others } = files;
+        let format = |problem: String| TokenizerError::Format { path: path.clone(), problem };
+        check::check(&mut tokenizer).map_err(format)?;
+        let mut identity = Sha256::new();
+        identity.update(tokenizer.to_string());
+        let inner: tokenizers::Tokenizer = contained(|| serde_json::from_value(tokenizer.clone()))
+            .map_err(|error| format(error.to_string()))?
+            .map_err(|error| format(error.to_string()))?;
 
         let (mut bos, mut eos) = (Vec::new(), Vec::new());
-        let config = Config::read(folder.join(CONFIG_FILE))?;
-        bos.extend(config.token("bos_token", &inner)?);
-        eos.extend(config.token("eos_token", &inner)?);
-        for name in ["config.json", "generation_config.json"] {
-            let config = Config::read(folder.join(name))?;
-            bos.extend(config.ids("bos_token_id")?);
-            for id in config.ids("eos_token_id")? {
+        let mut named = Vec::new();
+        for key in NAMED {
+            let Some(token) = config.token(key)? else { continue };
+            let id = inner.token_to_id(token);
+            match (key, id) {
+                ("bos_token", Some(id)) => bos.push(id),
+                ("eos_token", Some(id)) => eos.push(id),
+                ("bos_token" | "eos_token", None) => {
+                    return Err(config.wrong(key, &format!("a token of {TOKENIZER_FILE}")));
+                }
+                _ => {}
+            }
+            named.push((key.to_owned(), token.to_owned()));
+        }
+        for other in &others {
+            bos.extend(other.ids("bos_token_id")?);
+            for id in other.ids("eos_token_id")? {
                 if !eos.contains(&id) {
                     eos.push(id);
                 }
             }
         }
-        let mut tokenizer = Tokenizer { inner, bos: bos.first().copied(), eos, adds_bos: false };
+        let template = config.template()?.map(|source| ChatTemplate::new(source, named)).transpose()?;
+        let bytes = is_byte_level(inner.get_decoder()).then(ByteLevel::new);
+        let generation = serde_json::json!({ "bos_token_id": bos.first(), "eos_token_id": eos });
+        let files = vec![(TOKENIZER_FILE, tokenizer), (CONFIG_FILE, config.value), (GENERATION_FILE, generation)];
+        let mut tokenizer = Tokenizer {
+            inner,
+            bytes,
+            bos: bos.first().copied(),
+            eos,
+            adds_bos: false,
+            template,
+            files,
+            identity: identity.finalize().into(),
+        };
         let empty = tokenizer.encode("", true)?;
         tokenizer.adds_bos = tokenizer.bos.is_some() && empty.first().copied() == tokenizer.bos;
         Ok(tokenizer)
@@ -94,16 +179,54 @@ impl Tokenizer {
 
     /// The ids of `text`; `special` adds what the tokenizer puts around a text (for most models, bos in front).
     ///
-    /// Special tokens that are spelt out in `text` become their ids either way.
+    /// Special tokens that are spelt out in `text` become their ids either way. What the vocabulary has no token for is
+    /// left out, as everywhere; [`Self::missing_bytes`] says what that is.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self.inner.encode_fast(text, special).map_err(failed)?;
+        let encoding = contained(|| self.inner.encode_fast(text, special))?.map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The text of `ids`; `skip_special` leaves special tokens out. An id that the vocabulary does not have says
     /// nothing; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
-        self.inner.decode(ids, skip_special).map_err(failed)
+        contained(|| self.inner.decode(ids, skip_special))?.map_err(failed)
+    }
+
+    /// The ids of bytes that need not be UTF-8: what is text is encoded as such, every other byte by itself.
+    ///
+    /// # Errors
+    /// When they are no text and this is no byte-level tokenizer, or it lacks one of the bytes.
+    pub fn encode_bytes(&self, bytes: &[u8]) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::new();
+        for chunk in bytes.utf8_chunks() {
+            ids.extend(self.encode(chunk.valid(), false)?);
+            for byte in chunk.invalid() {
+                let id = self.bytes.as_ref().and_then(|level| self.id(&level.spell(&[*byte])));
+                ids.push(id.ok_or_else(|| {
+                    TokenizerError::Failed(format!("it has no token for the byte 0x{byte:02x}, which is no text"))
+                })?);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// The bytes of `ids`, special tokens spelt out; of a tokenizer that is not byte-level, those of its text.
+    pub fn decode_bytes(&self, ids: &[u32]) -> Result<Vec<u8>, TokenizerError> {
+        let Some(level) = &self.bytes else { return Ok(self.decode(ids, false)?.into_bytes()) };
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let token = |id: &u32| match added.get(id) {
+            Some(token) => token.content.clone().into_bytes(),
+            None => self.inner.id_to_token(*id).map(|token| level.bytes(&token)).unwrap_or_default(),
+        };
+        Ok(ids.iter().flat_map(token).collect())
+    }
+
+    /// The bytes that a byte-level vocabulary has no token for: text with one of them loses it.
+    pub fn missing_bytes(&self) -> Vec<u8> {
+        match &self.bytes {
+            Some(level) => (0..=255).filter(|byte| self.id(&level.spell(&[*byte])).is_none()).collect(),
+            None => Vec::new(),
+        }
     }
 
     /// The number of tokens, special ones included; a model's `vocab_size` may be greater.
@@ -135,126 +258,75 @@ impl Tokenizer {
     pub fn ends(&self) -> &[u32] {
         &self.eos
     }
-}
 
-/// Copies those of [`FILES`] that are there from one model folder to another.
-pub fn copy_files(from: &Path, to: &Path) -> Result<(), TokenizerError> {
-    for name in FILES {
-        let (source, target) = (from.join(name), to.join(name));
-        if source.exists() {
-            std::fs::copy(&source, &target).map_err(|error| TokenizerError::Io { path: target, source: error })?;
-        }
+    /// The chat template of the model, where it has one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
     }
-    Ok(())
+
+    /// Tells this tokenizer from every other that gives other ids or another text of a conversation.
+    pub fn identity(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(self.identity);
+        hash.update(format!("{:?} {:?} {}", self.bos, self.eos, self.adds_bos));
+        hash.update(self.template.as_ref().map(ChatTemplate::identity).unwrap_or_default());
+        hash.finalize().into()
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` with the template, and `generation_config.json` into a folder that
+    /// is there; each appears whole or not at all.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn write(&self, folder: &Path) -> Result<(), TokenizerError> {
+        for (name, value) in &self.files {
+            let path = folder.join(name);
+            write_file(&path, |file| {
+                writeln!(file, "{value:#}").map_err(|source| CheckpointError::Io {
+                    action: "write",
+                    path: path.clone(),
+                    source,
+                })
+            })?;
+        }
+        Ok(())
+    }
 }
 
-/// Text as its tokens come, never half a character: a piece is held back until the bytes of its last character are
-/// there.
+/// The folder whose files say how the text of `model` becomes ids: its own, or one that `make` gives for a model that is a file.
 ///
-/// The pieces, and [`finish`](Self::finish) after them, make up what [`Tokenizer::decode`] gives for all ids at once.
-#[derive(Clone, Debug, Default)]
-pub struct DecodeStream {
-    /// The last piece that was given out, and what came since.
-    ids: Vec<u32>,
-    /// How many of `ids` were given out: they are decoded again, since a token's text may depend on the one before it.
-    given: usize,
+/// # Errors
+/// When it cannot be written.
+pub fn folder_of<E: From<TokenizerError>>(
+    model: &Path,
+    make: impl FnOnce(&dyn Fn(&Path) -> Result<(), TokenizerError>) -> Result<PathBuf, E>,
+) -> Result<PathBuf, E> {
+    if !model.is_file() {
+        return Ok(model.to_path_buf());
+    }
+    let tokenizer = Tokenizer::open(model)?;
+    make(&|folder| tokenizer.write(folder))
 }
 
-impl DecodeStream {
-    /// The text that `id` completes; empty while a character is incomplete. Special tokens say nothing.
-    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String, TokenizerError> {
-        self.ids.push(id);
-        let text = self.pending(tokenizer)?;
-        if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
-            return Ok(String::new());
+fn is_byte_level(decoder: Option<&DecoderWrapper>) -> bool {
+    match decoder {
+        Some(DecoderWrapper::ByteLevel(_)) => true,
+        Some(DecoderWrapper::Sequence(_)) => {
+            // What a sequence is made of is private: a byte-level one gives the byte back.
+            let bytes = decoder.map(|decoder| decoder.decode_chain(vec!["Ċ".to_owned()]));
+            bytes.and_then(Result::ok).is_some_and(|text| text.concat() == "\n")
         }
-        self.ids.drain(..self.given);
-        self.given = self.ids.len();
-        Ok(text)
-    }
-
-    /// What was held back and will not be completed; the stream is empty after it.
-    pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String, TokenizerError> {
-        let text = self.pending(tokenizer)?;
-        *self = DecodeStream::default();
-        Ok(text)
-    }
-
-    /// The text of the ids that were not given out.
-    fn pending(&self, tokenizer: &Tokenizer) -> Result<String, TokenizerError> {
-        let given = tokenizer.decode(&self.ids[..self.given], true)?;
-        let text = tokenizer.decode(&self.ids, true)?;
-        let shared: usize = std::iter::zip(given.chars(), text.chars())
-            .take_while(|(before, now)| before == now)
-            .map(|(character, _)| character.len_utf8())
-            .sum();
-        Ok(text[shared..].to_string())
+        _ => false,
     }
 }
 
-/// A JSON object beside the weights; absent files have no keys.
-struct Config {
-    path: PathBuf,
-    value: Value,
-}
-
-impl Config {
-    fn read(path: PathBuf) -> Result<Config, TokenizerError> {
-        let value = match read(&path)? {
-            Some(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|error| TokenizerError::Format { path: path.clone(), problem: error.to_string() })?,
-            None => Value::Null,
-        };
-        Ok(Config { path, value })
-    }
-
-    /// The id of the token that `key` names: a string, or an object with `content`.
-    fn token(&self, key: &str, tokenizer: &tokenizers::Tokenizer) -> Result<Option<u32>, TokenizerError> {
-        let token = match &self.value[key] {
-            Value::Null => return Ok(None),
-            Value::Object(token) => token.get("content").and_then(Value::as_str),
-            token => token.as_str(),
-        };
-        let Some(token) = token else {
-            return Err(self.wrong(key, "a token or an object with its `content`"));
-        };
-        match tokenizer.token_to_id(token) {
-            Some(id) => Ok(Some(id)),
-            None => Err(self.wrong(key, &format!("a token of {TOKENIZER_FILE}"))),
-        }
-    }
-
-    /// The ids under `key`: none, one or a list.
-    fn ids(&self, key: &str) -> Result<Vec<u32>, TokenizerError> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = match &self.value[key] {
-            Value::Null => Some(Vec::new()),
-            Value::Array(list) => list.iter().map(id).collect(),
-            value => id(value).map(|id| vec![id]),
-        };
-        ids.ok_or_else(|| self.wrong(key, "a token id or a list of them"))
-    }
-
-    fn wrong(&self, key: &str, expected: &str) -> TokenizerError {
-        let found = &self.value[key];
-        TokenizerError::Format {
-            path: self.path.clone(),
-            problem: format!("`{key}`: expected {expected}, found {found}"),
-        }
-    }
+/// What the tokenizers library does, with a panic of it as an error.
+fn contained<T>(work: impl FnOnce() -> T) -> Result<T, TokenizerError> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_| TokenizerError::Failed("the tokenizers library gave up".into()))
 }
 
 fn failed(error: tokenizers::Error) -> TokenizerError {
     TokenizerError::Failed(error.to_string())
-}
-
-/// The bytes of a file, or nothing if it is not there.
-fn read(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Io { path: path.to_path_buf(), source }),
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,10 @@ use super::optimizer::{AdamWOptions, Trained};
 use super::schedule::Schedule;
 use crate::model::config::{BlockKind, Family, ModelConfig, Rope};
 use crate::text::arithmetic::{self, Kind, Split};
-use crate::text::dataset::{self, Documents, LossOn, Record};
+use crate::text::cache::{Cache, Progress};
+use crate::text::documents::Documents;
+use crate::text::encode::{Encoder, LossOn, Render};
+use crate::text::record::Record;
 use crate::text::tokenizer::Tokenizer;
 
 /// `h1 train`: a new model from a shape, or a checkpoint trained further, by cross-entropy.
@@ -122,6 +125,7 @@ impl ModelShape {
             rms_norm_eps: self.rms_norm_eps,
             rope: Rope { theta: self.rope_theta, scaling: None },
             sliding_window: None,
+            attention_bias: false,
             tie_word_embeddings: self.tie_word_embeddings,
             max_position_embeddings: self.max_position_embeddings,
             bos_token_id: tokenizer.bos(),
@@ -142,7 +146,7 @@ impl ModelShape {
 pub struct DataConfig {
     /// The arithmetic task.
     pub arithmetic: Option<ArithmeticData>,
-    /// Files of JSON lines or text.
+    /// Files of JSON lines, Parquet or text.
     #[serde(default)]
     pub train: Vec<PathBuf>,
     /// Files that are held out.
@@ -151,9 +155,14 @@ pub struct DataConfig {
     /// The share of the records of `train` that is held out, where there is no `test`.
     #[serde(default)]
     pub held_out: f64,
-    /// Which tokens count.
+    /// Which tokens count: "response", "all", or a list of roles.
     #[serde(default)]
     pub loss_on: LossOn,
+    /// How a question with its answer becomes text: "auto", "chat" or "plain".
+    #[serde(default)]
+    pub render: Render,
+    /// Where tokens are kept; the user's folder of caches unless said.
+    pub cache: Option<PathBuf>,
 }
 
 /// Problems of the arithmetic task.
@@ -188,39 +197,41 @@ pub struct Data {
 }
 
 impl DataConfig {
-    /// The documents, in the tokens of `tokenizer`; a relative path starts at `base`.
+    /// The documents, in the tokens of `tokenizer`; a relative path starts at `base`. `progress` hears how far the files
+    /// are turned into tokens, where they are not kept from an earlier time.
     ///
     /// # Errors
     /// When files cannot be read, or nothing is to be learnt.
-    pub fn load(&self, base: &Path, tokenizer: &Tokenizer) -> Result<Data> {
-        let (train, test) = match (&self.arithmetic, &self.train[..]) {
-            (Some(arithmetic), []) => (arithmetic.records(Split::Train)?, arithmetic.records(Split::Test)?),
-            (None, [_, ..]) => self.files(base)?,
+    pub fn load(&self, base: &Path, tokenizer: &Tokenizer, progress: &mut dyn FnMut(Progress)) -> Result<Data> {
+        let encoder = Encoder::new(tokenizer, self.render, self.loss_on.clone());
+        let [train, test] = match (&self.arithmetic, &self.train[..]) {
+            (Some(arithmetic), []) => [
+                Documents::encode(&arithmetic.records(Split::Train)?, &encoder)?,
+                Documents::encode(&arithmetic.records(Split::Test)?, &encoder)?,
+            ],
+            (None, [_, ..]) => self.files(base, &encoder, progress)?,
             _ => return Err(Error::Configuration("data: expected either `arithmetic` or files under `train`".into())),
         };
-        let documents = |records: &[Record]| Documents::tokenise(records, tokenizer, self.loss_on);
-        let (train, test) = (documents(&train)?, documents(&test)?);
         if train.is_empty() {
             return Err(Error::Configuration("data: there is nothing to learn from".into()));
         }
         Ok(Data { train, test })
     }
 
-    fn files(&self, base: &Path) -> Result<(Vec<Record>, Vec<Record>)> {
-        let read = |paths: &[PathBuf]| -> Result<Vec<Record>> {
-            let mut records = Vec::new();
-            for path in paths {
-                records.extend(dataset::read_records(&base.join(path))?);
+    fn files(&self, base: &Path, encoder: &Encoder<'_>, progress: &mut dyn FnMut(Progress)) -> Result<[Documents; 2]> {
+        let cache = self.cache.as_ref().map_or_else(Cache::usual, |folder| Cache::at(&base.join(folder)));
+        let at_base = |paths: &[PathBuf]| paths.iter().map(|path| base.join(path)).collect::<Vec<_>>();
+        let (train, test) = (at_base(&self.train), at_base(&self.test));
+        if !test.is_empty() && self.held_out != 0.0 {
+            return Err(Error::Configuration("data: expected either `test` or `held_out`, found both".into()));
+        }
+        let [train, held_out] = cache.documents(&train, self.held_out, encoder, progress)?;
+        match &test[..] {
+            [] => Ok([train, held_out]),
+            test => {
+                let [test, _] = cache.documents(test, 0.0, encoder, progress)?;
+                Ok([train, test])
             }
-            Ok(records)
-        };
-        let train = read(&self.train)?;
-        match &self.test[..] {
-            [] => Ok(dataset::split(train, self.held_out)?),
-            _ if self.held_out != 0.0 => {
-                Err(Error::Configuration("data: expected either `test` or `held_out`, found both".into()))
-            }
-            test => Ok((train, read(test)?)),
         }
     }
 }
@@ -234,7 +245,9 @@ impl ArithmeticData {
         let count = if split == Split::Train { self.train } else { self.test };
         let [fewest, most] = self.digits;
         let problems = arithmetic::generate(self.seed, split, count, &self.kinds, fewest..=most)?;
-        Ok(problems.map(|problem| Record { prompt: Some(problem.prompt), response: problem.completion }).collect())
+        Ok(problems
+            .map(|problem| Record::Pair { prompt: problem.prompt, between: "", response: problem.completion })
+            .collect())
     }
 }
 

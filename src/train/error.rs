@@ -6,7 +6,7 @@ use crate::backend;
 use crate::checkpoint::CheckpointError;
 use crate::report::metrics::MetricsError;
 use crate::text::arithmetic::ArithmeticError;
-use crate::text::dataset::DatasetError;
+use crate::text::cache::LoadError;
 use crate::text::packing::PackingError;
 use crate::text::tokenizer::TokenizerError;
 
@@ -31,7 +31,7 @@ pub enum Error {
     Metrics(#[from] MetricsError),
     /// A data set could not be read.
     #[error(transparent)]
-    Dataset(#[from] DatasetError),
+    Load(#[from] LoadError),
     /// Problems could not be made.
     #[error(transparent)]
     Arithmetic(#[from] ArithmeticError),

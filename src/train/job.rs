@@ -19,10 +19,11 @@ use crate::eval::{Evaluator, Scores};
 use crate::model::{LossKind, Model};
 use crate::report::metrics::{self, Record};
 use crate::text::arithmetic::ALPHABET;
+use crate::text::cache::Progress;
 use crate::text::characters::write_character_tokenizer;
-use crate::text::dataset::Documents;
+use crate::text::documents::Documents;
 use crate::text::packing::{Batch, Batches};
-use crate::text::tokenizer::Tokenizer;
+use crate::text::tokenizer::{self, Tokenizer};
 
 /// Tokens of a call of an evaluation.
 const EVALUATION_TOKENS: usize = 2048;
@@ -54,7 +55,7 @@ pub struct Job {
 
 impl Job {
     /// Opens the run in `out`: from the start, or, if `resume`, after its latest checkpoint. Relative paths in the
-    /// configuration start at `base`.
+    /// configuration start at `base`. `progress` hears how far texts are turned into tokens.
     ///
     /// # Errors
     /// When the configuration makes no sense, the run is not to be had, data or model cannot be read, or the device has
@@ -64,6 +65,7 @@ impl Job {
         (base, out): (&Path, &Path),
         resume: bool,
         (device, dtype): (&Device, DType),
+        progress: &mut dyn FnMut(Progress),
     ) -> Result<Job> {
         let config = settings.values;
         let steps = config.budget.steps(&config.batch)?;
@@ -81,7 +83,7 @@ impl Job {
         };
         config.schedule.of(steps, config.optimizer.learning_rate)?;
         let (run, saved) = Run::open::<SessionState>(out, &settings.text, resume, config.checkpoint.keep)?;
-        match Parts::new(&config, (base, &run), saved, options, (device, dtype)) {
+        match Parts::new(&config, (base, &run), saved, options, (device, dtype), progress) {
             Ok(Parts { trainer, batches, data, tokenizer, tokens }) => {
                 Ok(Job { run, trainer, batches, data, config, tokenizer, steps, tokens })
             }
@@ -171,10 +173,11 @@ impl Parts {
         saved: Option<Saved<SessionState>>,
         options: TrainerOptions,
         (device, dtype): (&Device, DType),
+        progress: &mut dyn FnMut(Progress),
     ) -> Result<Parts> {
         let tokenizer_folder = tokenizer_folder(config, base, run)?;
-        let tokenizer = Tokenizer::from_folder(&tokenizer_folder)?;
-        let data = config.data.load(base, &tokenizer)?;
+        let tokenizer = Tokenizer::open(&tokenizer_folder)?;
+        let data = config.data.load(base, &tokenizer, progress)?;
         let batch = config.batch;
         let mut batches = Batches::new(data.train.clone().into(), batch.row_tokens, batch.rows, config.seed)?;
         let model = model(config, (base, &tokenizer), saved.as_ref(), (device, dtype))?;
@@ -204,7 +207,11 @@ fn tokenizer_folder(config: &TrainConfig, base: &Path, run: &Run) -> Result<Path
         (Some(_), Some(_), _) => {
             Err(Error::Configuration("model: a checkpoint brings its own tokenizer; leave `tokenizer` out".into()))
         }
-        (Some(folder), ..) | (None, Some(folder), _) => Ok(base.join(folder)),
+        (Some(model), ..) | (None, Some(model), _) => {
+            tokenizer::folder_of(&checkpoint::locate(base, model)?, |write| {
+                run.publish("tokenizer", |folder| Ok(write(folder)?))
+            })
+        }
         (None, None, Some(_)) => run.publish("tokenizer", |folder| Ok(write_character_tokenizer(folder, ALPHABET)?)),
         _ => Err(Error::Configuration("model: a new model for files needs a folder under `tokenizer`".into())),
     }
@@ -221,7 +228,7 @@ fn model(
             Err(Error::Configuration("model: expected either `checkpoint` or `shape`".into()))
         }
         (Some(saved), ..) => Ok(checkpoint::load(device, &saved.folder, dtype)?),
-        (None, Some(folder), _) => Ok(checkpoint::load(device, &base.join(folder), dtype)?),
+        (None, Some(folder), _) => Ok(checkpoint::load(device, &checkpoint::locate(base, folder)?, dtype)?),
         (None, None, Some(shape)) => fresh(device, shape.config(tokenizer)?, dtype, config.seed),
     }
 }

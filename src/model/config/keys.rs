@@ -102,13 +102,13 @@ impl Keys {
     }
 
     /// A token id, a list of them, or `null` for none; `default` when absent.
-    pub(super) fn token_ids(&mut self, key: &str, default: u32) -> Result<Vec<u32>> {
+    pub(super) fn token_ids(&mut self, key: &str, default: Option<u32>) -> Result<Vec<u32>> {
         let id = |value: &Value| {
             let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
             number.ok_or_else(|| ConfigError::value(self.path(key), value, "a token id"))
         };
         match self.map.get(key) {
-            None => Ok(vec![default]),
+            None => Ok(default.into_iter().collect()),
             Some(Value::Null) => Ok(Vec::new()),
             Some(Value::Array(list)) => list.iter().map(id).collect(),
             Some(value) => Ok(vec![id(value)?]),

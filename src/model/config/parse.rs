@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::keys::{Keys, Result};
-use super::{BlockKind, ConfigError, DtInit, Family, Llama3Scaling, MambaConfig, ModelConfig, Rope};
+use super::{BlockKind, ConfigError, DtInit, Family, Llama3Scaling, MambaConfig, ModelConfig, Rope, RopeScaling};
 
 /// More layers than any decoder has: a list of blocks is not made before this is checked.
 pub(super) const MOST_LAYERS: usize = 1 << 14;
@@ -15,6 +15,8 @@ struct Defaults {
     num_key_value_heads: Option<usize>,
     sliding_window: Option<usize>,
     max_position_embeddings: usize,
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<u32>,
     /// The kind of every block when there is no layout.
     block: BlockKind,
 }
@@ -24,6 +26,8 @@ const MISTRAL: Defaults = Defaults {
     num_key_value_heads: Some(8),
     sliding_window: Some(4096),
     max_position_embeddings: 131072,
+    bos_token_id: Some(1),
+    eos_token_id: Some(2),
     block: BlockKind::Attention,
 };
 
@@ -36,7 +40,16 @@ impl Defaults {
                 num_key_value_heads: None,
                 sliding_window: None,
                 max_position_embeddings: 2048,
-                block: BlockKind::Attention,
+                ..MISTRAL
+            }),
+            Some("qwen2") => Ok(Defaults {
+                family: Family::Qwen2,
+                num_key_value_heads: Some(32),
+                sliding_window: None,
+                max_position_embeddings: 32768,
+                bos_token_id: None,
+                eos_token_id: None,
+                ..MISTRAL
             }),
             Some("apriel_h") => Ok(Defaults { family: Family::AprielH, block: BlockKind::Mamba, ..MISTRAL }),
             Some("apriel_hybrid_ssm" | "apriel_ssm_thinker_hybrid") => {
@@ -45,14 +58,14 @@ impl Defaults {
             _ => Err(ConfigError::unsupported(
                 "model_type",
                 model_type,
-                "mistral, llama, apriel_h, apriel_hybrid_ssm and apriel_ssm_thinker_hybrid",
+                "mistral, llama, qwen2, apriel_h, apriel_hybrid_ssm and apriel_ssm_thinker_hybrid",
             )),
         }
     }
 }
 
 impl ModelConfig {
-    /// Reads the text of a `config.json`, in every spelling of Mistral, Llama and the hybrid.
+    /// Reads the text of a `config.json`, in every spelling of Mistral, Llama, Qwen2 and the hybrid.
     ///
     /// # Errors
     /// When it is not JSON, a size is missing, a value makes no sense, or it is a model that h1 does not compute.
@@ -69,6 +82,7 @@ impl ModelConfig {
         let model_type = keys.take_some("model_type").ok_or_else(|| keys.missing("model_type"))?;
         let defaults = Defaults::of(&model_type)?;
         refuse_unsupported(&mut keys)?;
+        let attention_bias = attention_bias(&mut keys, defaults.family)?;
 
         let hidden_size = keys.size("hidden_size", None)?;
         let num_attention_heads = keys.size("num_attention_heads", None)?;
@@ -91,12 +105,16 @@ impl ModelConfig {
             head_dim,
             rms_norm_eps: keys.number("rms_norm_eps", Some(1e-6))?,
             rope: rope(&mut keys)?,
-            // The Llama class has no window, whatever its configuration says.
-            sliding_window: if defaults.family == Family::Llama { None } else { window },
+            sliding_window: match defaults.family {
+                Family::Mistral | Family::AprielH => window,
+                // The Llama class has no window, whatever its configuration says; that of Qwen2 one that is switched off.
+                Family::Llama | Family::Qwen2 => None,
+            },
+            attention_bias,
             tie_word_embeddings: keys.flag("tie_word_embeddings", false)?,
             max_position_embeddings: keys.size("max_position_embeddings", Some(defaults.max_position_embeddings))?,
-            bos_token_id: keys.token_ids("bos_token_id", 1)?.first().copied(),
-            eos_token_ids: keys.token_ids("eos_token_id", 2)?,
+            bos_token_id: keys.token_ids("bos_token_id", defaults.bos_token_id)?.first().copied(),
+            eos_token_ids: keys.token_ids("eos_token_id", defaults.eos_token_id)?,
             initializer_range: keys.number("initializer_range", Some(0.02))?,
             blocks,
             mamba,
@@ -116,10 +134,26 @@ impl ModelConfig {
 
 fn refuse_unsupported(keys: &mut Keys) -> Result<()> {
     keys.only("hidden_act", &json!("silu"), "silu")?;
-    keys.only("attention_bias", &json!(false), "false")?;
     keys.only("mlp_bias", &json!(false), "false")?;
     keys.only("quantization_config", &Value::Null, "f32, bf16 and f16 weights")?;
     whole_head_rotates(keys)
+}
+
+/// Whether queries, keys and values have biases: those of Qwen2 always, those of a hybrid made from one by its key. That
+/// key of a Llama would add one to the output projection too.
+fn attention_bias(keys: &mut Keys, family: Family) -> Result<bool> {
+    match family {
+        Family::AprielH => keys.flag("attention_bias", false),
+        Family::Qwen2 => {
+            keys.only("use_sliding_window", &json!(false), "false")?;
+            keys.discard(&["attention_bias", "max_window_layers"]);
+            Ok(true)
+        }
+        Family::Mistral | Family::Llama => {
+            keys.only("attention_bias", &json!(false), "false")?;
+            Ok(false)
+        }
+    }
 }
 
 fn whole_head_rotates(keys: &mut Keys) -> Result<()> {
@@ -136,7 +170,7 @@ fn blocks(keys: &mut Keys, defaults: &Defaults) -> Result<Vec<BlockKind>> {
     }
     let layout = match defaults.family {
         Family::AprielH => keys.take_some("hybrid_block_layout"),
-        Family::Mistral | Family::Llama => None,
+        Family::Mistral | Family::Llama | Family::Qwen2 => None,
     };
     let layout = match layout {
         None => return Ok(vec![defaults.block; layers]),
@@ -168,30 +202,31 @@ fn rope(keys: &mut Keys) -> Result<Rope> {
         let mut keys = Keys::new(parameters, "rope_parameters", "rope_parameters.")?;
         let theta = keys.number("rope_theta", Some(theta))?;
         whole_head_rotates(&mut keys)?;
-        return Ok(Rope { theta, scaling: llama3_scaling(&mut keys, Some(json!("default")))? });
+        return Ok(Rope { theta, scaling: rope_scaling(&mut keys, Some(json!("default")))? });
     }
     match scaling {
         None => Ok(Rope { theta, scaling: None }),
         Some(scaling) => {
             let mut keys = Keys::new(scaling, "rope_scaling", "rope_scaling.")?;
-            Ok(Rope { theta, scaling: llama3_scaling(&mut keys, None)? })
+            Ok(Rope { theta, scaling: rope_scaling(&mut keys, None)? })
         }
     }
 }
 
-fn llama3_scaling(keys: &mut Keys, default: Option<Value>) -> Result<Option<Llama3Scaling>> {
+fn rope_scaling(keys: &mut Keys, default: Option<Value>) -> Result<Option<RopeScaling>> {
     let old_spelling = keys.take_some("type");
     let rope_type = keys.take_some("rope_type").or(old_spelling).or(default);
     let rope_type = rope_type.ok_or_else(|| keys.missing("rope_type"))?;
     match rope_type.as_str() {
         Some("default") => Ok(None),
-        Some("llama3") => Ok(Some(Llama3Scaling {
+        Some("linear") => Ok(Some(RopeScaling::Linear(keys.number("factor", None)?))),
+        Some("llama3") => Ok(Some(RopeScaling::Llama3(Llama3Scaling {
             factor: keys.number("factor", None)?,
             low_freq_factor: keys.number("low_freq_factor", None)?,
             high_freq_factor: keys.number("high_freq_factor", None)?,
             original_max_position_embeddings: keys.size("original_max_position_embeddings", None)?,
-        })),
-        _ => Err(ConfigError::unsupported(keys.path("rope_type"), &rope_type, "default and llama3")),
+        }))),
+        _ => Err(ConfigError::unsupported(keys.path("rope_type"), &rope_type, "default, linear and llama3")),
     }
 }
 

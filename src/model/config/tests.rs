@@ -285,6 +285,36 @@ fn norms_biases_d_and_a_log_are_not_decayed() {
     assert!(tensors.iter().all(|tensor| (tensor.shape.len() == 1) == (tensor.role == Role::Vector)));
 }
 
+/// The keys of the 0.5B of Qwen2.5, as published.
+fn qwen2() -> Value {
+    json!({
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+        "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 32768,
+        "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false, "vocab_size": 151936,
+    })
+}
+
+#[test]
+fn a_qwen2_has_biases_on_queries_keys_and_values_and_no_window() {
+    let config = parse(&qwen2()).unwrap();
+    assert_eq!((config.family, config.attention_bias, config.sliding_window), (Family::Qwen2, true, None));
+    // Published: 0.49 B, 0.36 B without the embedding.
+    assert_eq!(config.parameter_count(), 494_032_768);
+    let biases =
+        config.tensors().into_iter().filter(|tensor| tensor.layer == Some(7) && tensor.name.ends_with(".bias"));
+    assert_eq!(biases.map(|tensor| tensor.len()).collect::<Vec<_>>(), [896, 128, 128]);
+    let written = config.to_json(DType::Bf16);
+    assert_eq!(
+        (&written["architectures"][0], &written["use_sliding_window"]),
+        (&json!("Qwen2ForCausalLM"), &json!(false))
+    );
+    let mut windowed = qwen2();
+    windowed["use_sliding_window"] = json!(true);
+    assert!(refusal(&windowed).contains("use_sliding_window"));
+}
+
 prop_compose! {
     fn ssm()(d_state in 1usize..9, xb_heads in 1usize..5, repeat in 1usize..4, d_conv in 1usize..6, dt_rank in 1usize..9,
              flags in any::<[bool; 5]>()) -> MambaConfig {
@@ -302,13 +332,13 @@ prop_compose! {
 
 prop_compose! {
     fn config()(
-        family in prop::sample::select(vec![Family::Mistral, Family::Llama, Family::AprielH]),
+        family in prop::sample::select(vec![Family::Mistral, Family::Llama, Family::Qwen2, Family::AprielH]),
         sizes in prop::array::uniform4(1usize..100),
         (kv_heads, group, half_head) in (1usize..5, 1usize..5, 1usize..9),
         eps in 1e-9f64..1e-2, theta in 1.0f64..1e7,
         scaling in prop::option::of((1.0f64..32.0, 0.5f64..2.0, 2.5f64..8.0, 1usize..10000)),
         window in prop::option::of(1usize..1000),
-        tied in any::<bool>(),
+        (tied, linear, bias) in any::<(bool, bool, bool)>(),
         (bos, eos) in (prop::option::of(0u32..99), prop::collection::vec(0u32..99, 0..4)),
         kinds in prop::collection::vec(0usize..3, 1..7),
         mamba in ssm(),
@@ -321,10 +351,14 @@ prop_compose! {
             vocab_size: sizes[0], hidden_size: sizes[1], intermediate_size: sizes[2], max_position_embeddings: sizes[3],
             num_attention_heads: kv_heads * group, num_key_value_heads: kv_heads, head_dim: 2 * half_head,
             rms_norm_eps: eps,
-            rope: Rope { theta, scaling: scaling.map(|(factor, low, high, context)| Llama3Scaling {
-                factor, low_freq_factor: low, high_freq_factor: high, original_max_position_embeddings: context,
+            rope: Rope { theta, scaling: scaling.map(|(factor, low, high, context)| match linear {
+                true => RopeScaling::Linear(factor),
+                false => RopeScaling::Llama3(Llama3Scaling {
+                    factor, low_freq_factor: low, high_freq_factor: high, original_max_position_embeddings: context,
+                }),
             }) },
-            sliding_window: window.filter(|_| family != Family::Llama),
+            sliding_window: window.filter(|_| !matches!(family, Family::Llama | Family::Qwen2)),
+            attention_bias: family == Family::Qwen2 || family == Family::AprielH && bias,
             tie_word_embeddings: tied,
             bos_token_id: bos, eos_token_ids: eos, initializer_range: 0.02,
             mamba: blocks.contains(&BlockKind::Mamba).then_some(mamba),

@@ -2,7 +2,7 @@
 
 use super::keys::Result;
 use super::parse::MOST_LAYERS;
-use super::{BlockKind, ConfigError, MambaConfig, ModelConfig};
+use super::{BlockKind, ConfigError, MambaConfig, ModelConfig, RopeScaling};
 
 /// Widest activation; a matrix of two such widths, and a model of many, stay far below what 64 bits count.
 const WIDEST: usize = 1 << 24;
@@ -35,7 +35,10 @@ impl ModelConfig {
         positive("rms_norm_eps", self.rms_norm_eps)?;
         positive("rope_theta", self.rope.theta)?;
         not_negative("initializer_range", self.initializer_range)?;
-        if let Some(scaling) = &self.rope.scaling {
+        if let Some(RopeScaling::Linear(factor)) = self.rope.scaling {
+            positive("rope_scaling.factor", factor)?;
+        }
+        if let Some(RopeScaling::Llama3(scaling)) = &self.rope.scaling {
             positive("rope_scaling.factor", scaling.factor)?;
             positive("rope_scaling.low_freq_factor", scaling.low_freq_factor)?;
             positive("rope_scaling.high_freq_factor", scaling.high_freq_factor)?;
@@ -54,7 +57,7 @@ impl ModelConfig {
             }
             None => {}
         }
-        let parameters = self.tensors().iter().map(|tensor| tensor.len() as u128).sum::<u128>();
+        let parameters = self.parameters();
         holds(parameters <= MOST_PARAMETERS, "the number of parameters", parameters, || {
             format!("at most {MOST_PARAMETERS}")
         })

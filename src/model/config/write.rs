@@ -2,11 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{BlockKind, DtInit, Family, MambaConfig, ModelConfig};
+use super::{BlockKind, DtInit, Family, MambaConfig, ModelConfig, RopeScaling};
 use crate::backend::DType;
 
 impl ModelConfig {
-    /// The `config.json` of weights stored as `dtype`. A plain Mistral or Llama keeps its class; whatever has another
+    /// The `config.json` of weights stored as `dtype`. A plain Mistral, Llama or Qwen2 keeps its class; whatever has another
     /// block than attention is an `apriel_h` with every key of `ssm_cfg` written out. Keys that h1 does not know stay.
     pub fn to_json(&self, dtype: DType) -> Value {
         let plain = self.blocks.iter().all(|block| *block == BlockKind::Attention);
@@ -14,6 +14,7 @@ impl ModelConfig {
         let (architecture, model_type) = match family {
             Family::Mistral => ("MistralForCausalLM", "mistral"),
             Family::Llama => ("LlamaForCausalLM", "llama"),
+            Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
             Family::AprielH => ("AprielHForCausalLM", "apriel_h"),
         };
         let mut keys = Map::new();
@@ -33,23 +34,19 @@ impl ModelConfig {
         put("rms_norm_eps", json!(self.rms_norm_eps));
         put("rope_theta", json!(self.rope.theta));
         if let Some(scaling) = &self.rope.scaling {
-            put(
-                "rope_scaling",
-                json!({
-                    "rope_type": "llama3",
-                    "factor": scaling.factor,
-                    "low_freq_factor": scaling.low_freq_factor,
-                    "high_freq_factor": scaling.high_freq_factor,
-                    "original_max_position_embeddings": scaling.original_max_position_embeddings,
-                }),
-            );
+            put("rope_scaling", scaling.to_value());
         }
         match family {
             Family::Llama => {
                 put("attention_bias", json!(false));
                 put("mlp_bias", json!(false));
             }
+            // The class has its biases whatever the configuration says, and a window only where this is true.
+            Family::Qwen2 => put("use_sliding_window", json!(false)),
             Family::Mistral | Family::AprielH => put("sliding_window", json!(self.sliding_window)),
+        }
+        if family == Family::AprielH && self.attention_bias {
+            put("attention_bias", json!(true));
         }
         put("max_position_embeddings", json!(self.max_position_embeddings));
         put("tie_word_embeddings", json!(self.tie_word_embeddings));
@@ -81,6 +78,21 @@ impl ModelConfig {
             [] => Value::Null,
             [id] => json!(id),
             _ => json!(self.eos_token_ids),
+        }
+    }
+}
+
+impl RopeScaling {
+    fn to_value(&self) -> Value {
+        match self {
+            RopeScaling::Linear(factor) => json!({"rope_type": "linear", "factor": factor}),
+            RopeScaling::Llama3(scaling) => json!({
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            }),
         }
     }
 }

@@ -1,8 +1,4 @@
 use super::*;
-use crate::text::arithmetic::ALPHABET;
-use crate::text::characters::write_character_tokenizer;
-use crate::text::tokenizer::TOKENIZER_FILE;
-use serde_json::json;
 
 fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Record>, DatasetError> {
     let folder = tempfile::tempdir().unwrap();
@@ -11,32 +7,34 @@ fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Record>, DatasetErr
     read_records(&path)
 }
 
-fn record(prompt: Option<&str>, response: &str) -> Record {
-    Record { prompt: prompt.map(String::from), response: response.to_string() }
-}
-
-fn characters() -> Tokenizer {
-    let folder = tempfile::tempdir().unwrap();
-    write_character_tokenizer(folder.path(), ALPHABET).unwrap();
-    Tokenizer::from_folder(folder.path()).unwrap()
+fn pair(prompt: &str, between: &'static str, response: &str) -> Record {
+    Record::Pair { prompt: prompt.to_string(), between, response: response.to_string() }
 }
 
 #[test]
-fn the_three_shapes_of_a_line_and_a_plain_text_are_read() {
+fn the_shapes_of_a_line_and_a_plain_text_are_read() {
     let lines = concat!(
         "\u{feff}{\"text\": \"all of it\"}\n",
         "\n   \r\n",
         "{\"completion\": \"2\", \"prompt\": \"1+1=\", \"kind\": \"add\"}\r\n",
-        "{\"question\": \"How many?\", \"answer\": \"#### 3\"}",
+        "{\"question\": \"How many?\", \"answer\": \"#### 3\"}\n",
+        "{\"tools\": [1], \"messages\": [{\"role\": \"user\", \"content\": \"hi\", \"name\": \"me\"}]}",
     );
-    let expected = [record(None, "all of it"), record(Some("1+1="), "2"), record(Some("How many?\n"), "#### 3")];
+    let mut said = crate::text::template::message("user", "hi");
+    said.insert("name".into(), "me".into());
+    let expected = [
+        Record::Text("all of it".into()),
+        pair("1+1=", "", "2"),
+        pair("How many?", "\n", "#### 3"),
+        Record::Messages { messages: vec![said], tools: Some(serde_json::json!([1])) },
+    ];
     assert_eq!(read("data.jsonl", lines).unwrap(), expected);
-    assert_eq!(read("data.txt", "one\ntext\n").unwrap(), [record(None, "one\ntext\n")]);
+    assert_eq!(read("data.txt", "one\ntext\n").unwrap(), [Record::Text("one\ntext\n".into())]);
 }
 
 #[test]
 fn every_bad_line_is_named_with_what_was_expected() {
-    let lines: [(&[u8], &str); 8] = [
+    let lines: [(&[u8], &str); 10] = [
         (b"{\"text\": \"good\"}", ""),
         (b"{\"text\": 3}", "2: `text`: expected a string, found a number"),
         (b"{\"prompt\": \"1\"}", "3: expected the key `completion` beside the others, found none"),
@@ -45,11 +43,16 @@ fn every_bad_line_is_named_with_what_was_expected() {
         (b"{\"text\": \"\xff\"}", "6: expected UTF-8 text, found other bytes from byte 11 on"),
         (b"{\"text\": ", "7: expected a JSON object, found no JSON"),
         (b"{\"text\": \"\"}", "8: expected some text under `text`, found none"),
+        (b"{\"messages\": {}}", "9: `messages`: expected a list, found an object"),
+        (
+            b"{\"messages\": [{\"role\": \"user\"}, {}]}",
+            "10: `messages`: expected an object with a `role`, found an object as number 2",
+        ),
     ];
     let content: Vec<u8> = lines.iter().flat_map(|(line, _)| [line, &b"\n"[..]].concat()).collect();
     let said = read("data.jsonl", content).unwrap_err().to_string();
     let sentences: Vec<&str> = said.lines().collect();
-    assert_eq!(sentences.len(), 7, "{said}");
+    assert_eq!(sentences.len(), 9, "{said}");
     for (sentence, (_, words)) in std::iter::zip(sentences, &lines[1..]) {
         assert!(sentence.contains("data.jsonl:") && sentence.contains(words), "{sentence}");
     }
@@ -74,54 +77,15 @@ fn files_without_text_are_errors() {
 
 #[test]
 fn the_split_is_by_text_alone_and_takes_its_share() {
-    let records: Vec<Record> = (0..2000).map(|number| record(Some("n"), &number.to_string())).collect();
-    let (train, validation) = split(records.clone(), 0.25).unwrap();
-    assert_eq!(train.len() + validation.len(), 2000);
-    assert!((400..600).contains(&validation.len()), "{}", validation.len());
-    let mut reversed = records.clone();
-    reversed.reverse();
-    let (_, mut again) = split(reversed, 0.25).unwrap();
-    again.reverse();
-    assert_eq!(validation, again);
-    assert_eq!(split(records.clone(), 0.0).unwrap(), (records.clone(), vec![]));
+    let records: Vec<Record> = (0..2000).map(|number| pair("n", "", &number.to_string())).collect();
+    let out = |share| records.iter().map(|record| held_out(record, share).unwrap()).collect::<Vec<_>>();
+    let quarter = out(0.25);
+    let count = quarter.iter().filter(|out| **out).count();
+    assert!((400..600).contains(&count), "{count}");
+    assert_eq!(quarter, out(0.25));
+    assert!(std::iter::zip(&quarter, out(0.5)).all(|(quarter, half)| half || !quarter));
+    assert!(!out(0.0).contains(&true));
     for share in [-0.1, 1.0, f64::NAN] {
-        assert!(matches!(split(records.clone(), share), Err(DatasetError::Share(_))));
+        assert!(matches!(held_out(&records[0], share), Err(DatasetError::Share(_))));
     }
-}
-
-#[test]
-fn the_response_and_the_end_are_learnt_and_the_prompt_is_not() {
-    let records = [record(Some("1+1="), "2"), record(None, "34")];
-    let documents = Documents::tokenise(&records, &characters(), LossOn::Response).unwrap();
-    let first = documents.get(0).unwrap();
-    assert_eq!(first.ids, [1, 5, 14, 5, 17, 6, 2]);
-    assert_eq!(first.counts, [false, false, false, false, false, true, true]);
-    let second = documents.get(1).unwrap();
-    assert_eq!((second.ids, second.counts), (&[1, 7, 8, 2][..], &[true; 4][..]));
-    assert_eq!((documents.len(), documents.tokens(), documents.get(2)), (2, 11, None));
-
-    let all = Documents::tokenise(&records, &characters(), LossOn::All).unwrap();
-    assert_eq!(all.get(0).unwrap().counts, [true; 7]);
-    assert_ne!(all.fingerprint(), documents.fingerprint());
-}
-
-/// A tokenizer of `a`, `b`, `c` and the merge `ab`, without bos or eos.
-fn merging() -> Tokenizer {
-    let folder = tempfile::tempdir().unwrap();
-    let tokenizer = json!({
-        "version": "1.0", "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": { "type": "Fuse" },
-        "model": { "type": "BPE", "vocab": { "a": 0, "b": 1, "c": 2, "ab": 3 }, "merges": [["a", "b"]] },
-    });
-    std::fs::write(folder.path().join(TOKENIZER_FILE), tokenizer.to_string()).unwrap();
-    Tokenizer::from_folder(folder.path()).unwrap()
-}
-
-#[test]
-fn the_ids_of_a_prompt_are_those_it_has_alone() {
-    let tokenizer = merging();
-    let encode = |prompt, response| encode_record(&record(Some(prompt), response), &tokenizer).unwrap();
-    assert_eq!(encode("ca", "bc"), EncodedRecord { ids: vec![2, 0, 1, 2], given: 2 });
-    assert_eq!(encode("cab", "ab"), EncodedRecord { ids: vec![2, 3, 3], given: 2 });
-    assert_eq!(encode("", "ab"), EncodedRecord { ids: vec![3], given: 0 });
 }

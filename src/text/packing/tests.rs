@@ -9,7 +9,8 @@ fn documents(lengths: &[usize]) -> Arc<Documents> {
     for (index, len) in lengths.iter().enumerate() {
         let ids: Vec<u32> = (next..next + *len as u32).collect();
         next += *len as u32;
-        documents.push(&ids, if index % 3 == 0 { len / 2 } else { 0 });
+        let given = if index % 3 == 0 { len / 2 } else { 0 };
+        documents.push(&ids, &(0..*len).map(|token| token >= given).collect::<Vec<_>>());
     }
     Arc::new(documents)
 }

@@ -14,7 +14,7 @@ fn folder(files: &[(&str, Value)]) -> TempDir {
 }
 
 fn load(files: &[(&str, Value)]) -> Result<Tokenizer, TokenizerError> {
-    Tokenizer::from_folder(folder(files).path())
+    Tokenizer::open(folder(files).path())
 }
 
 /// One token a byte, as the byte-level tokenizers of Llama 3 and Nemo have them before their merges, and one merge.
@@ -119,15 +119,89 @@ fn what_is_wrong_in_a_folder_is_named() {
     }
     let folder = folder(&[good()]);
     std::fs::write(folder.path().join("config.json"), "{").unwrap();
-    assert!(matches!(Tokenizer::from_folder(folder.path()), Err(TokenizerError::Format { .. })));
+    assert!(matches!(Tokenizer::open(folder.path()), Err(TokenizerError::Format { .. })));
 }
 
 #[test]
-fn a_copied_tokenizer_is_the_same() {
-    let source = folder(&[(TOKENIZER_FILE, character_tokenizer("xyz")), (CONFIG_FILE, json!({ "eos_token": "</s>" }))]);
+fn a_written_tokenizer_is_the_same() {
+    let template = "{{ bos_token }}{{ messages[0].content }}";
+    let files = [
+        (TOKENIZER_FILE, character_tokenizer("xyz")),
+        (CONFIG_FILE, json!({ "bos_token": "<s>", "eos_token": "</s>", "chat_template": template })),
+        ("generation_config.json", json!({ "eos_token_id": [2, 0] })),
+    ];
+    let source = load(&files).unwrap();
     let target = tempfile::tempdir().unwrap();
-    copy_files(source.path(), target.path()).unwrap();
-    let tokenizer = Tokenizer::from_folder(target.path()).unwrap();
-    assert_eq!((tokenizer.encode("zyx", false).unwrap(), tokenizer.eos()), (vec![6, 5, 4], Some(2)));
-    assert!(copy_files(source.path(), &target.path().join("absent")).is_err());
+    source.write(target.path()).unwrap();
+    let tokenizer = Tokenizer::open(target.path()).unwrap();
+    assert_eq!(tokenizer.encode("zyx", false).unwrap(), [6, 5, 4]);
+    assert_eq!((tokenizer.bos(), tokenizer.ends()), (Some(1), &[2, 0][..]));
+    assert_eq!(tokenizer.identity(), source.identity());
+    assert_ne!(load(&files[..1]).unwrap().identity(), source.identity());
+    assert!(source.write(&target.path().join("absent")).is_err());
+}
+
+#[test]
+fn the_template_comes_from_its_own_file_or_from_the_configuration() {
+    let render = |tokenizer: &Tokenizer| {
+        let messages = [crate::text::template::message("user", "hi")];
+        let template = tokenizer.template().unwrap();
+        template.render(&crate::text::template::Conversation {
+            messages: &messages,
+            tools: None,
+            add_generation_prompt: false,
+            clock: Default::default(),
+        })
+    };
+    let config = |template: Value| (CONFIG_FILE, json!({ "eos_token": "</s>", "chat_template": template }));
+    let folder = folder(&[(TOKENIZER_FILE, character_tokenizer("a")), config(json!("{{ eos_token }}"))]);
+    assert_eq!(render(&Tokenizer::open(folder.path()).unwrap()).unwrap(), "</s>");
+    std::fs::write(folder.path().join(TEMPLATE_FILE), "{{ messages[0]['content'] }}").unwrap();
+    assert_eq!(render(&Tokenizer::open(folder.path()).unwrap()).unwrap(), "hi");
+
+    let several = json!([{ "name": "tools", "template": "no" }, { "name": "default", "template": "yes" }]);
+    let tokenizer = load(&[(TOKENIZER_FILE, character_tokenizer("a")), config(several)]).unwrap();
+    assert_eq!(render(&tokenizer).unwrap(), "yes");
+    for (template, words) in
+        [(json!(3), "expected a template"), (json!([]), "`default`"), (json!("{% if %}"), "cannot be read")]
+    {
+        let error = load(&[(TOKENIZER_FILE, character_tokenizer("a")), config(template)]).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_survive_where_there_are_tokens_for_them() {
+    let tokenizer = bytes();
+    assert!(tokenizer.missing_bytes().is_empty());
+    let all: Vec<u8> = (0..=255).chain(*b"ab<end>\xf0\x9f\x92").collect();
+    let ids = tokenizer.encode_bytes(&all).unwrap();
+    assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), all);
+
+    let characters = load(&[(TOKENIZER_FILE, character_tokenizer("ab"))]).unwrap();
+    assert_eq!(characters.decode_bytes(&characters.encode_bytes(b"ab").unwrap()).unwrap(), b"ab");
+    assert!(characters.encode_bytes(b"a\xff").unwrap_err().to_string().contains("the byte 0xff"));
+}
+
+#[test]
+fn a_tokenizer_with_a_hole_is_named() {
+    let model = |vocab: Value, merges: Value| {
+        let model = json!({ "type": "BPE", "vocab": vocab, "merges": merges, "continuing_subword_prefix": "#" });
+        Tokenizer::from_json(json!({ "version": "1.0", "model": model }).to_string().as_bytes())
+    };
+    assert!(model(json!({ "a": 0, "#b": 1, "ab": 7 }), json!([["a", "#b"]])).is_ok());
+    for (vocab, merges, words) in [
+        (json!({ "a": 0, "#b": 1 }), json!([["a", "#b"]]), "merge 1 of `a` and `#b`: `ab` is not in the vocabulary"),
+        (json!({ "a": 0, "#b": 1, "ab": 2 }), json!(["a #b", "c #b"]), "merge 2 of `c` and `#b`: `c` is not"),
+        (json!({ "a": 0, "b": 1 }), json!([["a", "b"]]), "`b` does not start with `#`"),
+        (json!({ "a": 0 }), json!(["a"]), "expected two tokens"),
+        (json!({ "a": 0 }), json!(3), "a list `merges`"),
+        (json!([]), json!([]), "an object `vocab`"),
+    ] {
+        let error = model(vocab, merges).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    for text in ["", "[]", "{}", "{\"model\": 3}"] {
+        assert!(Tokenizer::from_json(text.as_bytes()).is_err());
+    }
 }

@@ -1,0 +1,130 @@
+//! Tokenizers of real models on real text. Each test needs what it names and says so where that is not there; with the
+//! variable CI set the data sets must be there.
+//!
+//! `H1_MODELS` is a folder with the files that `examples/fetch-models` fetches, and `tekken_240911.json` of
+//! mistral-common 1.13.1.
+
+use std::path::{Path, PathBuf};
+
+use h1::text::dataset::read_records;
+use h1::text::record::Record;
+use h1::text::tokenizer::{DecodeStream, Tokenizer};
+use sha2::{Digest, Sha256};
+
+/// GSM8K's two files.
+fn gsm8k(split: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../shared/data/gsm8k/{split}.jsonl"));
+    assert!(path.exists() || std::env::var_os("CI").is_none(), "{} is not there", path.display());
+    found(path)
+}
+
+fn model(name: &str) -> Option<PathBuf> {
+    let Some(folder) = std::env::var_os("H1_MODELS") else {
+        eprintln!("skipped: H1_MODELS does not name a folder with {name}");
+        return None;
+    };
+    found(Path::new(&folder).join(name))
+}
+
+fn found(path: PathBuf) -> Option<PathBuf> {
+    if !path.exists() {
+        eprintln!("skipped: {} is not there", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+fn pairs(path: &Path) -> impl Iterator<Item = String> {
+    read_records(path).unwrap().into_iter().flat_map(|record| match record {
+        Record::Pair { prompt, response, .. } => [prompt, response],
+        other => panic!("{other:?}"),
+    })
+}
+
+/// Tokens, and the SHA-256 of all ids as little-endian u32.
+fn ids(tokenizer: &Tokenizer, path: &Path) -> (usize, String) {
+    let (mut count, mut hash) = (0, Sha256::new());
+    for text in pairs(path) {
+        let ids = tokenizer.encode(&text, false).unwrap();
+        count += ids.len();
+        ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    }
+    (count, hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Every text comes back, at once and as a stream; bytes come back where there are tokens for them.
+fn round_trips(tokenizer: &Tokenizer) {
+    let texts =
+        ["", " ", "\n\n\n a  b\t", "I'VE 12345 \r\n\r\n  ²³ ½", "é漢🦀👩‍👩‍👧 fi\u{301}", "def f(x):\n    return x // 2\n"];
+    for text in texts {
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+        let mut stream = DecodeStream::default();
+        let mut streamed: String = ids.iter().map(|id| stream.push(tokenizer, *id).unwrap()).collect();
+        streamed += &stream.finish(tokenizer).unwrap();
+        assert_eq!(streamed, text);
+    }
+    let missing = tokenizer.missing_bytes();
+    let bytes: Vec<u8> = (0..=255).filter(|byte| !missing.contains(byte)).collect();
+    for start in 0..bytes.len() {
+        let bytes: Vec<u8> = bytes.iter().cycle().skip(start).step_by(1 + start % 7).take(40).copied().collect();
+        let ids = tokenizer.encode_bytes(&bytes).unwrap();
+        assert_eq!(tokenizer.decode_bytes(&ids).unwrap(), bytes);
+    }
+}
+
+#[test]
+fn smollm2s_ids_of_gsm8k_are_those_of_an_implementation_in_another_language() {
+    let (Some(path), Some(train), Some(test)) =
+        (model("SmolLM2-135M-Instruct.Q4_1.gguf"), gsm8k("train"), gsm8k("test"))
+    else {
+        return;
+    };
+    let tokenizer = Tokenizer::open(&path).unwrap();
+    // Byte-level BPE written anew in Python from the file's own vocabulary and merges.
+    let known = [
+        (train, 1_381_220, "82b06275f333bfe9bace90656376c40e496beb5650f0ad58723aea3a193632be"),
+        (test, 249_366, "6cafb6c6be1aa5ab97c20e6f5238ff779fc439d60ceb74f09ee817625b42f420"),
+    ];
+    for (path, count, hash) in known {
+        assert_eq!(ids(&tokenizer, &path), (count, hash.to_owned()));
+    }
+    assert_eq!(
+        tokenizer.encode("<|im_start|>user\nHello, it's 2024!<|im_end|>\n", true).unwrap(),
+        [1, 4093, 198, 19556, 28, 357, 506, 216, 34, 32, 34, 36, 17, 2, 198]
+    );
+    assert_eq!(
+        tokenizer.encode("fn main() {\n    println!(\"é漢🦀\");\n}\n\n\tx  y", true).unwrap(),
+        [
+            7853, 1085, 1000, 1662, 472, 1628, 34115, 17, 1470, 2756, 177, 137, 112, 10813, 116, 218, 21646, 198, 109,
+            1116, 197, 104, 216, 329
+        ]
+    );
+    assert_eq!((tokenizer.bos(), tokenizer.ends(), tokenizer.adds_bos()), (Some(1), &[2][..], false));
+    assert_eq!(tokenizer.missing_bytes().len(), 21);
+    round_trips(&tokenizer);
+
+    let folder = tempfile::tempdir().unwrap();
+    tokenizer.write(folder.path()).unwrap();
+    assert_eq!(Tokenizer::open(folder.path()).unwrap().identity(), tokenizer.identity());
+}
+
+#[test]
+fn qwens_tokenizer_gives_back_every_problem_and_every_byte() {
+    let (Some(path), Some(test)) = (model("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"), gsm8k("test")) else { return };
+    let tokenizer = Tokenizer::open(&path).unwrap();
+    ids(&tokenizer, &test);
+    assert!(tokenizer.missing_bytes().is_empty());
+    round_trips(&tokenizer);
+}
+
+#[test]
+fn tekken_gives_back_every_problem_and_every_byte() {
+    let (Some(path), Some(test)) = (model("tekken_240911.json"), gsm8k("test")) else { return };
+    let tokenizer = Tokenizer::from_tekken(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!((tokenizer.vocabulary_size(), tokenizer.bos(), tokenizer.eos()), (131_072, Some(1), Some(2)));
+    ids(&tokenizer, &test);
+    assert!(tokenizer.missing_bytes().is_empty());
+    round_trips(&tokenizer);
+}
