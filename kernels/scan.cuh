@@ -51,9 +51,6 @@ struct Tile {
     }
 };
 
-// 1 / (1 + exp(−x)), to a few units in the last place for x that are not far below 0.
-H1_DEVICE float sigmoid_fast(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-LOG2_E * x)); }
-
 // ln(1 + exp(x)) to a few units in the last place, without a branch. With e = exp(−|x|) it is max(x, 0) + ln(1 + e), and
 // ln(1 + e) = 2·artanh(q) of q = e / (2 + e) ≤ 1/3, by a minimax polynomial in q².
 H1_DEVICE float softplus_of(float x) {
@@ -61,8 +58,6 @@ H1_DEVICE float softplus_of(float x) {
     float series = fmaf(fmaf(fmaf(fmaf(0.13433774f, q2, 0.14116978f), q2, 0.20003835f), q2, 0.3333332f), q2, 1.0f);
     return fmaf(2.0f * q, series, fmaxf(x, 0.0f));
 }
-H1_DEVICE float step_size(float raw, int softplus) { return softplus ? softplus_of(raw) : raw; }
-H1_DEVICE float step_derivative(float raw, int softplus) { return softplus ? sigmoid_fast(raw) : 1.0f; }
 
 // `count` of `N` values of a row; the others are 0.
 template <int N, class T>

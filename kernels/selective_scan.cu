@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < OWN; ++i) {
             float gate = load(&own_z.values[i]);
             y[i] = fmaf(skip[i], load(&own_u.values[i]), shared_y[own_step * SUM_ROW + own + i]);
-            if (z.data) y[i] *= gate * sigmoid_fast(gate);
+            if (z.data) y[i] *= gate * sigmoid(gate);
         }
         if (own_step < rows) store_pack<OWN>(out.row(segment.start + done + own_step) + own_channel, y, own_count);
     }

@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                 for (int i = 0; i < OWN; ++i) {
                     float gate = load(&own_z.values[i]);
-                    gradient[i] *= gate * sigmoid_fast(gate);
+                    gradient[i] *= gate * sigmoid(gate);
                 }
             }
 #pragma unroll
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float du_own[OWN], ddelta_own[OWN], dz_own[OWN];
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                float u_value = load(&own_u.values[i]), gate = load(&own_z.values[i]), s = sigmoid_fast(gate);
+                float u_value = load(&own_u.values[i]), gate = load(&own_z.values[i]), s = sigmoid(gate);
                 Step step = steps[own_step * STEP_ROW + own + i];
                 const float* sums = by_states + own_step * SUM_ROW + own + i;
                 float y = fmaf(skip[i], u_value, sums[0]), by_input = sums[2 * STEPS * SUM_ROW];
@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             if (softplus) {
 #pragma unroll
-                for (int i = 0; i < OWN; ++i) ddelta_own[i] *= sigmoid_fast(load(&own_delta.values[i]) + bias[i]);
+                for (int i = 0; i < OWN; ++i) ddelta_own[i] *= sigmoid(load(&own_delta.values[i]) + bias[i]);
             }
 #pragma unroll
             for (int i = 0; i < OWN; ++i) dbias[i] += ddelta_own[i];
