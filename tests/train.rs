@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use h1::backend::ops::{LossWeights, Scaling};
 use h1::backend::reference::Reference;
+use h1::backend::cuda::emulated::{self, Emulation};
 use h1::backend::{DType, Device, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
@@ -153,6 +154,27 @@ fn three_steps_of_all_tensors_and_of_the_mixers_are_the_goldens() {
                 }
             }
         }
+    }
+}
+
+/// Weights, activations and their gradients in 16 bits, masters, sums and losses in f32.
+#[test]
+fn steps_in_bf16_on_a_card_are_near_the_goldens() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    let device = emulated::device(Emulation { folder, order: 0, sanitize: false }).unwrap();
+    let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(&device, folder, DType::Bf16));
+    assert_eq!((student.activations(), student.gradients()), (DType::Bf16, DType::Bf16));
+    let teacher = Teacher::live(Arc::new(teacher));
+    let mut trainer = Trainer::new(student, Some(teacher), options(Trained::All), ROOM).unwrap();
+    let reports = run(&mut trainer, &whole("train-all"));
+    let expected = json("train-all/train.json");
+    for (at, report) in reports.iter().enumerate() {
+        let near = |found: f64, key: &str| {
+            let golden = expected[key][at].as_f64().unwrap();
+            assert!((found / golden - 1.0).abs() < 0.05, "{key} {at}: {found} for {golden}");
+        };
+        near(report.loss, "losses");
+        near(report.gradient_norm, "global_grad_norm_before_clip");
     }
 }
 

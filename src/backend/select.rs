@@ -61,7 +61,10 @@ pub fn open(name: Name, threads: Option<NonZeroUsize>) -> Result<Device> {
 }
 
 fn missing(name: Name) -> Error {
-    Error::Unavailable { backend: name.to_string(), why: "this build does not have it; cpu and reference work".into() }
+    Error::Unavailable {
+        backend: name.to_string(),
+        why: "this build does not have it; cuda, cpu and reference are there".into(),
+    }
 }
 
 /// The backends, the fastest first, each with the device that it would run on or the reason why it cannot be used.

@@ -2,6 +2,7 @@
 //!
 //! A time is the best of several: what is not the program's own (other processes, a clock that turns down) only ever adds.
 
+pub mod card;
 mod clock;
 pub mod kernels;
 pub mod shapes;

@@ -119,5 +119,6 @@ fn bytes_read(model: &Model, batch: usize, context: usize) -> f64 {
     let config = model.config();
     let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
     let size = model.weights().bytes() as f64 / config.parameter_count() as f64;
-    (config.parameter_count() as f64 - embedding as f64) * size + (batch as u64 * config.cache_bytes(context, model.activations().size())) as f64
+    (config.parameter_count() as f64 - embedding as f64) * size
+        + (batch as u64 * config.cache_bytes(context, model.activations().size())) as f64
 }

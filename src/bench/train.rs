@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::card;
 use super::shapes::random_model;
 use super::yardstick::Gemm;
 use super::{Error, Result};
@@ -63,9 +64,9 @@ pub struct Report {
     pub tokens_per_second: f64,
     /// 8 FLOP × student parameters × tokens a second, in GFLOP/s.
     pub gflops: f64,
-    /// GFLOP/s of the `gemm` crate at [`GEMM`]: the best of the stretches between the steps.
+    /// GFLOP/s of the `gemm` crate at [`GEMM`], the best of the stretches between the steps, or the limit of the card.
     pub gemm_gflops: f64,
-    /// Threads of it.
+    /// Threads of it; 0 for a card.
     pub gemm_threads: usize,
     /// The former over the latter.
     pub share_of_gemm: f64,
@@ -87,10 +88,16 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
     let mut trainer = trainer(device, config, step)?;
     trainer.time_parts();
     let batch = [batch(config.vocab_size, step.tokens)];
-    let mut gemm = Gemm::new(GEMM, step.threads)?;
-    let (mut seconds, mut parts, mut gemm_gflops) = (f64::INFINITY, PartSeconds::default(), 0.0_f64);
+    let mut gemm = if card::on_processor(device) { Some(Gemm::new(GEMM, step.threads)?) } else { None };
+    let mut gemm_gflops = match gemm {
+        Some(_) => 0.0,
+        None => card::limits(device, step.dtype, step.threads, STRETCH)?.gemm_gflops,
+    };
+    let (mut seconds, mut parts) = (f64::INFINITY, PartSeconds::default());
     for round in 0..=step.steps {
-        gemm_gflops = gemm_gflops.max(gemm.rate(STRETCH));
+        if let Some(gemm) = &mut gemm {
+            gemm_gflops = gemm_gflops.max(gemm.rate(STRETCH));
+        }
         let start = Instant::now();
         trainer.step(&batch, 1e-5)?;
         trainer.finish()?;
@@ -114,7 +121,7 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
         tokens_per_second,
         gflops,
         gemm_gflops,
-        gemm_threads: step.threads,
+        gemm_threads: if gemm.is_some() { step.threads } else { 0 },
         share_of_gemm: gflops / gemm_gflops,
         peak_bytes: device.take_peak_bytes(),
     })

@@ -102,12 +102,26 @@ impl Operands {
     }
 }
 
+/// Whose limits they are, and where they are from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Whose {
+    /// The processor's, measured.
+    Processor,
+    /// A card's, measured.
+    Card,
+    /// A card's by its data sheet.
+    DataSheet,
+}
+
 /// What the machine does at its best.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Limits {
-    /// Threads that it was measured with.
+    /// Whose.
+    pub whose: Whose,
+    /// Threads that it was measured with; 0 for a card.
     pub threads: usize,
-    /// GFLOP/s of the `gemm` crate, f32, 1024 × 1024 × 1024.
+    /// GFLOP/s of matrix products: of the `gemm` crate, f32, 1024 × 1024 × 1024, or of the card.
     pub gemm_gflops: f64,
     /// GB/s of memory being copied: read and written bytes together.
     pub copy_gbytes: f64,
@@ -122,7 +136,8 @@ impl Limits {
     /// When the threads cannot be started.
     pub fn measure(threads: usize, budget: Duration) -> Result<Self> {
         let (copy_gbytes, read_gbytes) = memory_rates(threads, budget);
-        Ok(Limits { threads, gemm_gflops: Gemm::new([1024; 3], threads)?.best_rate(budget), copy_gbytes, read_gbytes })
+        let gemm_gflops = Gemm::new([1024; 3], threads)?.best_rate(budget);
+        Ok(Limits { whose: Whose::Processor, threads, gemm_gflops, copy_gbytes, read_gbytes })
     }
 
     /// Seconds that the machine takes at least for so many operations and bytes.

@@ -10,11 +10,12 @@ use serde_json::json;
 
 use super::common::{DeviceArguments, located, print, print_json, progress};
 use crate::backend::Device;
-use crate::bench::kernels::{self, Kernel};
+use crate::bench::card;
+use crate::bench::kernels::{self, Kernel, Options};
 use crate::bench::shapes::{Shape, random_model};
 use crate::bench::throughput::{self, Load, Throughput};
 use crate::bench::train::{self, Step};
-use crate::bench::yardstick::Limits;
+use crate::bench::yardstick::{Limits, Whose};
 use crate::checkpoint::Checkpoint;
 use crate::model::Model;
 use crate::model::config::BlockKind;
@@ -138,7 +139,7 @@ fn run_throughput(arguments: ThroughputArguments) -> anyhow::Result<()> {
         let config = shape.config();
         let counts =
             if arguments.mamba.is_empty() { vec![0, config.num_hidden_layers() / 2] } else { arguments.mamba.clone() };
-        let limits = Limits::measure(arguments.device.threads(), BUDGET)?;
+        let limits = limits(&arguments.device, &device)?;
         for count in counts {
             let model = random_model(&device, &config, count, arguments.device.dtype())?;
             measured.extend(decode(&arguments, shape.name().to_owned(), &model, &limits)?);
@@ -147,7 +148,7 @@ fn run_throughput(arguments: ThroughputArguments) -> anyhow::Result<()> {
     }
     let checkpoints = arguments.models.iter().map(|path| Ok((path, Checkpoint::open(&located(path)?)?)));
     let checkpoints = checkpoints.collect::<anyhow::Result<Vec<_>>>()?;
-    let limits = Limits::measure(arguments.device.threads(), BUDGET)?;
+    let limits = limits(&arguments.device, &device)?;
     for (path, checkpoint) in checkpoints {
         let model = arguments.device.load(&device, &checkpoint)?;
         measured.extend(decode(&arguments, path.display().to_string(), &model, &limits)?);
@@ -231,16 +232,24 @@ fn report_throughput(
     print(&format!("{}\n{}", heading(device, limits), table.text()))
 }
 
+/// What a device is held against.
+fn limits(arguments: &DeviceArguments, device: &Device) -> anyhow::Result<Limits> {
+    Ok(card::limits(device, arguments.dtype(), arguments.threads(), BUDGET)?)
+}
+
 fn heading(device: &Device, limits: &Limits) -> String {
-    format!(
-        "{} ({})\nthis machine on {} threads: {:.0} GFLOP/s by the gemm crate, {:.1} GB/s copied, {:.1} GB/s read\n",
-        device.info().name,
-        device.info().device,
-        limits.threads,
-        limits.gemm_gflops,
-        limits.copy_gbytes,
-        limits.read_gbytes
-    )
+    let Limits { whose, threads, gemm_gflops, copy_gbytes, read_gbytes } = limits;
+    let held_against = match whose {
+        Whose::Processor => format!(
+            "this machine on {threads} threads: {gemm_gflops:.0} GFLOP/s by the gemm crate, {copy_gbytes:.1} GB/s \
+             copied, {read_gbytes:.1} GB/s read"
+        ),
+        Whose::Card => format!("this card: {gemm_gflops:.0} GFLOP/s of a square product, {copy_gbytes:.1} GB/s copied"),
+        Whose::DataSheet => {
+            format!("this card by its data sheet: {gemm_gflops:.0} GFLOP/s, {copy_gbytes:.0} GB/s of memory")
+        }
+    };
+    format!("{} ({})\n{held_against}\n", device.info().name, device.info().device)
 }
 
 fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
@@ -282,9 +291,13 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
         table.row([name.into(), format!("{seconds:.3}"), format!("{:.0}%", 100.0 * seconds / report.seconds)]);
     }
     let [m, k, n] = train::GEMM;
+    let held_against = match report.gemm_threads {
+        0 => format!("the card's {:.0}", report.gemm_gflops),
+        threads => format!("the gemm crate's {:.1} at {m}×{k}×{n} on {threads} threads", report.gemm_gflops),
+    };
     print(&format!(
         "{} ({})\n{}, {} of {} layers Mamba, {} parameters, {} tokens, recompute {}\n\n{}\n{:.1} tokens/s: 8 FLOP a \
-         parameter and token make {:.1} GFLOP/s, {:.1}% of the gemm crate's {:.1} at {m}×{k}×{n} on {} threads",
+         parameter and token make {:.1} GFLOP/s, {:.1}% of {held_against}",
         device.info().name,
         device.info().device,
         arguments.shape.name(),
@@ -297,8 +310,6 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
         report.tokens_per_second,
         report.gflops,
         100.0 * report.share_of_gemm,
-        report.gemm_gflops,
-        report.gemm_threads
     ))
 }
 
@@ -306,15 +317,16 @@ fn run_kernels(arguments: KernelArguments) -> anyhow::Result<()> {
     let (config, tokens) = (arguments.shape.config(), arguments.tokens.get());
     let budget = Duration::from_millis(arguments.budget);
     let device = arguments.device.open()?;
-    let limits = Limits::measure(arguments.device.threads(), BUDGET)?;
+    let limits = limits(&arguments.device, &device)?;
+    let options = Options { tokens, dtype: arguments.device.dtype(), budget };
     let told = |kernel: &Kernel| eprintln!("{} {}: {:.3} ms", kernel.name, kernel.sizes, 1e3 * kernel.seconds);
     let mut kernels = Vec::new();
     if device.info().name == "cpu" && limits.threads > 1 {
         let single = arguments.device.with_threads(NonZeroUsize::MIN);
         let limits = Limits::measure(1, BUDGET)?;
-        kernels.extend(kernels::layers(&single.open()?, &config, (tokens, budget), limits, told)?);
+        kernels.extend(kernels::layers(&single.open()?, &config, options, limits, told)?);
     }
-    kernels.extend(kernels::measure(&device, &config, (tokens, budget), limits, told)?);
+    kernels.extend(kernels::measure(&device, &config, options, limits, told)?);
     if arguments.json {
         return print_json(&json!({
             "backend": device.info().name,
@@ -340,7 +352,7 @@ fn run_kernels(arguments: KernelArguments) -> anyhow::Result<()> {
         table.row([
             kernel.name.into(),
             kernel.sizes.clone(),
-            kernel.threads.to_string(),
+            if kernel.threads > 0 { kernel.threads.to_string() } else { "–".into() },
             format!("{:.3}", 1e3 * kernel.seconds),
             rate(kernel.gflops),
             rate(kernel.gemm_gflops),

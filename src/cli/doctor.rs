@@ -9,8 +9,8 @@ use serde_json::json;
 use super::common::{print, print_json, progress};
 use crate::backend::cases::CASES;
 use crate::backend::select::{self, Name};
-use crate::backend::{Device, cpu};
-use crate::bench::kernels::{self, Rates};
+use crate::backend::{DType, Device, cpu};
+use crate::bench::kernels::{self, Options, Rates};
 use crate::bench::yardstick::{Limits, memory_bytes};
 use crate::report::table::{Align, Table};
 
@@ -78,13 +78,13 @@ fn examine(arguments: &Arguments, name: Name, device: &Device, budget: Duration)
     }
     bar.finish_and_clear();
     // The reference computes the plain formulas, slowly.
-    let sizes = if name == Name::Reference || arguments.quick { (128, 1 << 20) } else { (1024, 1 << 26) };
+    let (tokens, values) = if name == Name::Reference || arguments.quick { (128, 1 << 20) } else { (1024, 1 << 26) };
     Ok(Found {
         device: device.info().device.clone(),
         passed: CASES.len() - failures.len(),
         cases: CASES.len(),
         failures,
-        rates: kernels::rates(device, sizes, budget)?,
+        rates: kernels::rates(device, values, Options { tokens, dtype: DType::F32, budget })?,
     })
 }
 

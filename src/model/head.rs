@@ -4,8 +4,8 @@ use super::decoder::Model;
 use super::scratch::{Column, Rows};
 use super::weights::Gradients;
 use crate::backend::ops::{
-    Argmax, Copy, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight, LossWeights,
-    RmsNorm, RmsNormBackward, STATISTICS, Scaling, ScatterAdd, WeightedSum,
+    Argmax, Copy, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight,
+    LossWeights, RmsNorm, RmsNormBackward, STATISTICS, Scaling, ScatterAdd, WeightedSum,
 };
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Largest, Out, Result, View};
 

@@ -251,8 +251,7 @@ pub fn conv1d_backward(t: &mut Trial, repeat: usize, repeat_first: bool) -> Verd
     } else {
         None
     };
-    let dbias =
-        if t.coin() { Some(t.in_f32(|t| t.changed("dbias", 1, shape.filters(), terms))?) } else { None };
+    let dbias = if t.coin() { Some(t.in_f32(|t| t.changed("dbias", 1, shape.filters(), terms))?) } else { None };
     t.run(|on| {
         on.device.conv1d_backward(&ops::Conv1dBackward {
             shape,
@@ -423,8 +422,7 @@ pub fn selective_scan_backward(t: &mut Trial, d_state: usize) -> Verdict {
     let dprojected = t.changed("dprojected", tokens, scan.cols, terms + channels)?;
     let (skip, bias) = (scan.d.is_some() && t.coin(), scan.delta_bias.is_some() && t.coin());
     let dd = if skip { Some(t.in_f32(|t| t.changed("dd", 1, channels, terms))?) } else { None };
-    let ddelta_bias =
-        if bias { Some(t.in_f32(|t| t.changed("ddelta_bias", 1, channels, terms))?) } else { None };
+    let ddelta_bias = if bias { Some(t.in_f32(|t| t.changed("ddelta_bias", 1, channels, terms))?) } else { None };
     t.run(|on| {
         on.device.selective_scan_backward(&ops::SelectiveScanBackward {
             inputs: scan.inputs(on, states.state_in),

@@ -9,8 +9,8 @@ use std::mem::{size_of, size_of_val};
 
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtEpilogue_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t as Attribute,
-    cublasLtMatmulHeuristicResult_t, cublasLtReductionScheme_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasStatus_t,
-    cudaDataType_t,
+    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasLtReductionScheme_t,
+    cublasStatus_t, cudaDataType_t,
 };
 
 use super::cache::Cache;

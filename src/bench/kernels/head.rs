@@ -15,18 +15,18 @@ const PARAMETERS: usize = 1 << 24;
 pub(super) fn head(bench: &mut Bench<'_>) -> Result<()> {
     let (device, vocabulary) = (bench.device, bench.config.vocab_size);
     let rows = chunk_rows(vocabulary, bench.tokens);
-    let (student, teacher) = (bench.values(rows, vocabulary)?, bench.values(rows, vocabulary)?);
-    let (statistics, losses) = (bench.room(rows, STATISTICS)?, bench.room(rows, 3)?);
-    let (row_weights, chosen) = (bench.values(1, rows)?, device.alloc(DType::U32, 1, rows)?);
+    let (student, teacher) = (bench.numbers(rows, vocabulary)?, bench.numbers(rows, vocabulary)?);
+    let (statistics, losses) = (bench.results(rows, STATISTICS)?, bench.results(rows, 3)?);
+    let (row_weights, chosen) = (bench.numbers(1, rows)?, device.alloc(DType::U32, 1, rows)?);
     let (student, teacher, statistics) = (student.view(), Some(teacher.view()), statistics.view());
     let (labels, scaling, sizes) = (None, Scaling::default(), format!("{rows}×{vocabulary}"));
-    let moved = |times: usize| Work { flops: 0.0, values: times * rows * vocabulary };
+    let moved = |times: usize| Work { flops: 0.0, bytes: 4 * times * rows * vocabulary };
 
     let op = Argmax { logits: student, out: chosen.view() };
     bench.op(("argmax", sizes.clone()), moved(1), || device.argmax(&op))?;
-    let temperatures = bench.values(1, rows)?;
+    let temperatures = bench.numbers(1, rows)?;
     device.write(HostSlice::F32(&vec![1.0; rows]), temperatures.view())?;
-    let uniforms = bench.room(1, rows)?;
+    let uniforms = bench.results(1, rows)?;
     let op =
         Sample { logits: student, temperatures: temperatures.view(), uniforms: uniforms.view(), out: chosen.view() };
     bench.op(("sample", sizes.clone()), moved(1), || device.sample(&op))?;
@@ -49,14 +49,14 @@ pub(super) fn head(bench: &mut Bench<'_>) -> Result<()> {
 pub(super) fn optimiser(bench: &mut Bench<'_>) -> Result<()> {
     let (device, sizes) = (bench.device, PARAMETERS.to_string());
     let [param, grad, moment1, moment2] = [
-        bench.values(1, PARAMETERS)?,
-        bench.values(1, PARAMETERS)?,
-        bench.room(1, PARAMETERS)?,
-        bench.room(1, PARAMETERS)?,
+        bench.numbers(1, PARAMETERS)?,
+        bench.numbers(1, PARAMETERS)?,
+        bench.results(1, PARAMETERS)?,
+        bench.results(1, PARAMETERS)?,
     ];
-    let (sum, control) = (bench.room(1, 1)?, bench.room(1, CONTROL)?);
+    let (sum, control) = (bench.results(1, 1)?, bench.results(1, CONTROL)?);
     device.write(HostSlice::F32(&[1e-6, 1.0, 1.0, 1.0, 1.0]), control.view())?;
-    let moved = |times: usize| Work { flops: 0.0, values: times * PARAMETERS };
+    let moved = |times: usize| Work { flops: 0.0, bytes: 4 * times * PARAMETERS };
     let op = SquaredNorm { x: grad.view(), out: sum.view() };
     bench.op(("squared_norm", sizes.clone()), moved(1), || device.squared_norm(&op))?;
     let op = AdamW {

@@ -1,7 +1,7 @@
 //! Whole mixers: what a layer takes with all of its ops, without the norm before it.
 
 use super::{Bench, Work};
-use crate::backend::{DType, Segments};
+use crate::backend::Segments;
 use crate::bench::shapes::{random_model, two_layers};
 use crate::bench::{Error, Result};
 use crate::hybrid::{Conversion, Init, MixerShape};
@@ -22,7 +22,7 @@ pub(super) fn mixer(config: &ModelConfig) -> Result<MambaConfig> {
 /// The Mamba and the attention mixer of the shape, forward, and forward with backward of everything.
 pub(super) fn layers(bench: &mut Bench<'_>) -> Result<()> {
     let (device, config, tokens) = (bench.device, bench.config, bench.tokens);
-    let model = random_model(device, &two_layers(config), 1, DType::F32)?;
+    let model = random_model(device, &two_layers(config), 1, bench.dtype)?;
     let mut probe = Probe::with_backward(&model, tokens, 1)?;
     probe.begin(&Segments::documents([tokens])?)?;
     let gradients = Gradients::new(device, model.weights().table(), |_| true)?;
@@ -38,8 +38,8 @@ pub(super) fn layers(bench: &mut Bench<'_>) -> Result<()> {
     ] {
         let sizes = format!("{tokens} tokens, hidden {hidden}");
         // The products alone; with backward each is done twice more.
-        let work =
-            |times: f64| Work { flops: times * 2.0 * (tokens * weights) as f64, values: 2 * tokens * hidden + weights };
+        let bytes = 2 * tokens * hidden * bench.activations().size() + weights * bench.dtype.size();
+        let work = |times: f64| Work { flops: times * 2.0 * (tokens * weights) as f64, bytes };
         let (x, out) = (x.view(), out.view());
         bench.op((names[0], sizes.clone()), work(1.0), || probe.mixer(layer, x, out))?;
         bench.op((names[1], sizes), work(3.0), || {

@@ -19,20 +19,21 @@ pub(super) fn attention(bench: &mut Bench<'_>) -> Result<()> {
     let [q, k, v, dout] = [wide, narrow, narrow, wide].map(|width| bench.values(tokens, width));
     let [out, dq, dk, dv] = [wide, wide, narrow, narrow].map(|width| bench.room(tokens, width));
     let (q, k, v, dout, out, dq, dk, dv) = (q?, k?, v?, dout?, out?, dq?, dk?, dv?);
-    let (lse, frequencies) = (bench.room(tokens, heads)?, bench.values(1, head_dim / 2)?);
+    let (lse, frequencies) = (bench.results(tokens, heads)?, bench.numbers(1, head_dim / 2)?);
     let (q, k, v, out, lse) = (q.view(), k.view(), v.view(), out.view(), lse.view());
     let sizes = format!("{heads} heads of {head_dim}, {tokens} tokens");
 
     let (positions, inv_freq) = (segments.positions, frequencies.view());
     let rope = Rope { x: dq.view(), head_dim, positions, inv_freq, inverse: false };
-    let moved = Work { flops: 0.0, values: 2 * tokens * wide };
+    let size = bench.activations().size();
+    let moved = Work { flops: 0.0, bytes: 2 * tokens * wide * size };
     bench.op(("rope", sizes.clone()), moved, || device.rope(&rope))?;
 
     // Half of the scores are masked; a score is a product over the head, twice: with the key, and with the value.
     let pairs = heads as f64 * tokens as f64 * (tokens as f64 + 1.0) / 2.0;
     let work = |products: f64, values| Work {
         flops: pairs * (products * 2.0 * head_dim as f64 + 1.0),
-        values: tokens * values,
+        bytes: tokens * values * size,
     };
     let op = Attention { shape, q, keys: Keys::Rows { k, v }, segments, out, lse: Some(lse) };
     bench.op(("attention", sizes.clone()), work(2.0, 2 * (wide + narrow)), || device.attention(&op))?;
@@ -55,11 +56,12 @@ pub(super) fn mamba(bench: &mut Bench<'_>) -> Result<()> {
     let (u, delta, dout, out, du, ddelta) = (u.view(), delta.view(), dout.view(), out.view(), du.view(), ddelta.view());
 
     let shape = mamba.conv_shape();
-    let (taps, bias) = (bench.values(shape.filters(), shape.width)?, bench.values(1, shape.filters())?);
-    let (dtaps, dbias) = (bench.room(shape.filters(), shape.width)?, bench.room(1, shape.filters())?);
+    let (taps, bias) = (bench.numbers(shape.filters(), shape.width)?, bench.numbers(1, shape.filters())?);
+    let (dtaps, dbias) = (bench.results(shape.filters(), shape.width)?, bench.results(1, shape.filters())?);
     let (weight, bias) = (taps.view(), Some(bias.view()));
     let (x_col, sizes) = (mamba.x_col(), format!("{tokens}×{channels}, {} taps", shape.width));
-    let work = |values| Work { flops: 0.0, values: tokens * values };
+    let size = bench.activations().size();
+    let work = |values| Work { flops: 0.0, bytes: tokens * values * size };
     let op = Conv1d { shape, projected, x_col, weight, bias, segments, state_in: None, state_out: None, out };
     bench.op(("conv1d", sizes.clone()), work(mamba.d_xb + channels), || device.conv1d(&op))?;
     let op = Conv1dBackward {
@@ -79,10 +81,10 @@ pub(super) fn mamba(bench: &mut Bench<'_>) -> Result<()> {
     };
     bench.op(("conv1d_backward", sizes), work(2 * mamba.d_xb + channels), || device.conv1d_backward(&op))?;
 
-    let a = bench.room(channels, mamba.d_state)?;
+    let a = bench.results(channels, mamba.d_state)?;
     let negative = vec![-1.0; channels * mamba.d_state];
     device.write(crate::backend::HostSlice::F32(&negative), a.view())?;
-    let [d, delta_bias] = [(); 2].map(|()| bench.values(1, channels));
+    let [d, delta_bias] = [(); 2].map(|()| bench.numbers(1, channels));
     let (d, delta_bias) = (d?, delta_bias?);
     let inputs = ScanInputs {
         u,
@@ -111,15 +113,15 @@ fn scan(
 ) -> Result<()> {
     let (device, tokens, channels) = (bench.device, bench.tokens, mamba.d_inner);
     let chunks = ScanInputs::saved_rows(tokens, 1, device.info().scan_chunk);
-    let (saved, da) = (bench.room(chunks, mamba.ssm_state())?, bench.room(channels, mamba.d_state)?);
-    let (dd, dbias) = (bench.room(1, channels)?, bench.room(1, channels)?);
+    let (saved, da) = (bench.results(chunks, mamba.ssm_state())?, bench.results(channels, mamba.d_state)?);
+    let (dd, dbias) = (bench.results(1, channels)?, bench.results(1, channels)?);
     let sizes = format!("{tokens}×{channels}, {} states", mamba.d_state);
     // Forward a state takes an exponential, its argument, decay, input and output: 1 + 1 + 2 + 2 + 2 operations.
     let states = (tokens * mamba.ssm_state()) as f64;
     let saved = saved.view();
     let op = SelectiveScan { inputs, state_out: None, saved: Some(saved), out };
-    let values = tokens * (mamba.in_proj_rows() + 2 * channels);
-    bench.op(("selective_scan", sizes.clone()), Work { flops: 8.0 * states, values }, || device.selective_scan(&op))?;
+    let bytes = tokens * (mamba.in_proj_rows() + 2 * channels) * bench.activations().size();
+    bench.op(("selective_scan", sizes.clone()), Work { flops: 8.0 * states, bytes }, || device.selective_scan(&op))?;
     let op = SelectiveScanBackward {
         inputs,
         saved,
@@ -134,6 +136,6 @@ fn scan(
         dstate_in: None,
     };
     // Backward computes the states again (6), and takes the gradients of state, input, B, C, A and dt (14).
-    let work = Work { flops: 20.0 * states, values: 2 * values };
+    let work = Work { flops: 20.0 * states, bytes: 2 * bytes };
     bench.op(("selective_scan_backward", sizes), work, || device.selective_scan_backward(&op))
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::shapes::{Shape, uniform};
-use super::yardstick::{Gemm, Limits};
+use super::yardstick::{Gemm, Limits, Whose};
 use super::{Clock, Result};
 use crate::backend::{self, Buffer, DType, Device, HostSlice, Order, Segments, SegmentsBuffer, SegmentsView, View};
 use crate::model::config::ModelConfig;
@@ -22,7 +22,7 @@ pub struct Kernel {
     pub name: &'static str,
     /// Its sizes.
     pub sizes: String,
-    /// Threads of the device.
+    /// Threads of the device; 0 for a card.
     pub threads: usize,
     /// Seconds of one call.
     pub seconds: f64,
@@ -36,13 +36,24 @@ pub struct Kernel {
     pub gemm_gflops: Option<f64>,
 }
 
+/// How ops are timed.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Tokens of a call, in one segment.
+    pub tokens: usize,
+    /// How weights are stored; activations are as the device has them beside such.
+    pub dtype: DType,
+    /// Time for each op, about.
+    pub budget: Duration,
+}
+
 /// What an op does at least.
 #[derive(Clone, Copy)]
 struct Work {
     /// Operations; 0 where bytes are all that matters.
     flops: f64,
-    /// Values of 4 bytes that are read or written, each once.
-    values: usize,
+    /// Bytes that are read or written, each once.
+    bytes: usize,
 }
 
 /// A device with what is needed to time its ops.
@@ -51,30 +62,30 @@ struct Bench<'a> {
     clock: Clock,
     config: &'a ModelConfig,
     tokens: usize,
+    dtype: DType,
     limits: Limits,
     budget: Duration,
     kernels: &'a mut Vec<Kernel>,
 }
 
-/// Times of all ops of a shape on `device`, for calls of `tokens` tokens in one segment, about `budget` each; `limits` are
-/// the machine's with the threads that the device has. `progress` hears of each op.
+/// Times of all ops of a shape on `device`; `limits` are those of the device. `progress` hears of each op.
 ///
 /// # Errors
 /// When the device has no room, cannot do an op, or fails.
 pub fn measure(
     device: &Device,
     config: &ModelConfig,
-    (tokens, budget): (usize, Duration),
+    options: Options,
     limits: Limits,
     mut progress: impl FnMut(&Kernel),
 ) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
     for part in [dense::products, dense::rows, mixers::attention, mixers::mamba, head::head, head::optimiser] {
         let before = kernels.len();
-        part(&mut Bench::new(device, config, (tokens, budget), limits, &mut kernels)?)?;
+        part(&mut Bench::new(device, config, options, limits, &mut kernels)?)?;
         kernels[before..].iter().for_each(&mut progress);
     }
-    kernels.extend(layers(device, config, (tokens, budget), limits, &mut progress)?);
+    kernels.extend(layers(device, config, options, limits, &mut progress)?);
     Ok(kernels)
 }
 
@@ -85,12 +96,12 @@ pub fn measure(
 pub fn layers(
     device: &Device,
     config: &ModelConfig,
-    (tokens, budget): (usize, Duration),
+    options: Options,
     limits: Limits,
     mut progress: impl FnMut(&Kernel),
 ) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
-    layers::layers(&mut Bench::new(device, config, (tokens, budget), limits, &mut kernels)?)?;
+    layers::layers(&mut Bench::new(device, config, options, limits, &mut kernels)?)?;
     kernels.iter().for_each(&mut progress);
     Ok(kernels)
 }
@@ -104,14 +115,14 @@ pub struct Rates {
     pub copy_gbytes: f64,
 }
 
-/// A square product of `size` and a copy of `values` values on a device, about `budget` each.
+/// A square product of `options.tokens` and a copy of `values` values on a device.
 ///
 /// # Errors
 /// When the device has no room, or fails.
-pub fn rates(device: &Device, (size, values): (usize, usize), budget: Duration) -> Result<Rates> {
+pub fn rates(device: &Device, values: usize, options: Options) -> Result<Rates> {
     let (config, mut kernels) = (Shape::Arithmetic.config(), Vec::new());
-    let limits = Limits { threads: 0, gemm_gflops: 1.0, copy_gbytes: 1.0, read_gbytes: 1.0 };
-    dense::rates(&mut Bench::new(device, &config, (size, budget), limits, &mut kernels)?, (size, values))?;
+    let limits = Limits { whose: Whose::Card, threads: 0, gemm_gflops: 1.0, copy_gbytes: 1.0, read_gbytes: 1.0 };
+    dense::rates(&mut Bench::new(device, &config, options, limits, &mut kernels)?, values)?;
     let rate = |name: &str| kernels.iter().find(|kernel| kernel.name == name);
     Ok(Rates {
         gemm_gflops: rate("linear").and_then(|kernel| kernel.gflops).unwrap_or_default(),
@@ -123,12 +134,12 @@ impl<'a> Bench<'a> {
     fn new(
         device: &'a Device,
         config: &'a ModelConfig,
-        (tokens, budget): (usize, Duration),
+        Options { tokens, dtype, budget }: Options,
         limits: Limits,
         kernels: &'a mut Vec<Kernel>,
     ) -> Result<Self> {
         device.reserve(&config.largest(tokens, 1))?;
-        Ok(Bench { device, clock: Clock::new(device, budget)?, config, tokens, limits, budget, kernels })
+        Ok(Bench { device, clock: Clock::new(device, budget)?, config, tokens, dtype, limits, budget, kernels })
     }
 
     /// Times `run` and keeps the result.
@@ -139,7 +150,7 @@ impl<'a> Bench<'a> {
         run: impl FnMut() -> backend::Result<()>,
     ) -> Result<()> {
         let seconds = self.clock.best(run)?;
-        let bytes = 4.0 * work.values as f64;
+        let bytes = work.bytes as f64;
         self.kernels.push(Kernel {
             name,
             sizes,
@@ -153,8 +164,11 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// Sets the `gemm` crate beside the last op.
+    /// Sets the `gemm` crate beside the last op of the processor.
     fn beside_gemm(&mut self, sizes: [usize; 3]) -> Result<()> {
+        if self.limits.whose != Whose::Processor {
+            return Ok(());
+        }
         let rate = Gemm::new(sizes, self.limits.threads)?.best_rate(self.budget);
         if let Some(kernel) = self.kernels.last_mut() {
             kernel.gemm_gflops = Some(rate);
@@ -162,21 +176,49 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// Random values, `[rows, cols]`.
+    /// How activations are stored.
+    fn activations(&self) -> DType {
+        self.device.info().activations_beside(self.dtype)
+    }
+
+    /// Random activations, `[rows, cols]`.
     fn values(&self, rows: usize, cols: usize) -> Result<Buffer> {
-        let buffer = self.device.alloc(DType::F32, rows, cols)?;
+        self.random(self.activations(), rows, cols)
+    }
+
+    /// Memory for activations, `[rows, cols]`.
+    fn room(&self, rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(self.device.alloc(self.activations(), rows, cols)?)
+    }
+
+    /// Random values that are f32 whatever activations are, `[rows, cols]`.
+    fn numbers(&self, rows: usize, cols: usize) -> Result<Buffer> {
+        self.random(DType::F32, rows, cols)
+    }
+
+    /// Memory for such.
+    fn results(&self, rows: usize, cols: usize) -> Result<Buffer> {
+        Ok(self.device.alloc(DType::F32, rows, cols)?)
+    }
+
+    fn random(&self, dtype: DType, rows: usize, cols: usize) -> Result<Buffer> {
+        let buffer = self.device.alloc(dtype, rows, cols)?;
         self.device.write(HostSlice::F32(&uniform("values", rows * cols, 1.0)), buffer.view())?;
         Ok(buffer)
     }
 
-    /// Memory for a result, `[rows, cols]`.
-    fn room(&self, rows: usize, cols: usize) -> Result<Buffer> {
-        Ok(self.device.alloc(DType::F32, rows, cols)?)
-    }
-
     /// A linear weight of random values, `[out, in]`.
     fn weight(&self, out: usize, input: usize) -> Result<Weight> {
-        let buffer = self.device.alloc(DType::F32, 1, backend::padded_rows(out) * input)?;
+        self.matrix(self.dtype, out, input)
+    }
+
+    /// The gradient of one, f32.
+    fn gradient(&self, out: usize, input: usize) -> Result<Weight> {
+        self.matrix(DType::F32, out, input)
+    }
+
+    fn matrix(&self, dtype: DType, out: usize, input: usize) -> Result<Weight> {
+        let buffer = self.device.alloc(dtype, 1, backend::padded_rows(out) * input)?;
         let view = buffer.view().matrix(0, out, input, Order::Weight)?;
         self.device.write(HostSlice::F32(&uniform("weight", out * input, 0.05)), view)?;
         Ok(Weight { _buffer: buffer, view })
