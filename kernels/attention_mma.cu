@@ -35,26 +35,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
     int to_tile = min(from_tile + a_part, last / KEYS_A_TILE + 1);
 
     fetch_queries<ROWS, THREADS>(q_tile, q, row0, kv_head * group, group, used);
+    // A lane looks up the rows that its warp copies; of one warp, which has registers left, a tile ahead.
+    constexpr int ROWS_A_WARP = KEYS_A_TILE / WARPS, LOOKED_UP = (ROWS_A_WARP + WARP - 1) / WARP;
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    long long ahead[LOOKED_UP];
+    auto look_up = [&](int key_tile) {
+#pragma unroll
+        for (int i = 0; i < LOOKED_UP; ++i) {
+            int row = i * WARP + lane, position = key_tile * KEYS_A_TILE + warp * ROWS_A_WARP + row;
+            ahead[i] = row < ROWS_A_WARP && position >= first && position <= last
+                           ? key_row(segment, position, key_rows, pages, slots, pages_a_slot, page_size)
+                           : -1;
+        }
+    };
     auto fetch = [&](int key_tile, int stage) {
-        for (int i = threadIdx.x; i < KEYS_A_TILE * PIECES; i += THREADS) {
-            int row = i / PIECES, piece = i % PIECES;
-            int position = key_tile * KEYS_A_TILE + row;
-            long long from = -1;
-            if (position >= first && position <= last)
-                from = key_row(segment, position, key_rows, pages, slots, pages_a_slot, page_size);
-            int at = stage * TILE_BYTES + piece_at(row, piece), column = kv_head * HEAD_DIM + piece * 8;
+        if (WARPS > 1) look_up(key_tile);
+#pragma unroll(WARPS == 1 ? ROWS_A_WARP * PIECES / WARP : 4)
+        for (int i = 0; i < ROWS_A_WARP * PIECES / WARP; ++i) {
+            int row = i * WARP / PIECES + lane / PIECES, piece = lane % PIECES;
+            long long from = __shfl_sync(WHOLE_WARP, ahead[LOOKED_UP == 1 ? 0 : i / PIECES], row % WARP);
+            int at = stage * TILE_BYTES + piece_at(warp * ROWS_A_WARP + row, piece), column = kv_head * HEAD_DIM + piece * 8;
             copy_async(k_tiles + at, k.row(max(from, 0ll)) + column, from >= 0);
             copy_async(v_tiles + at, v.row(max(from, 0ll)) + column, from >= 0);
         }
         commit_copies();
+        if (WARPS == 1) look_up(key_tile + 1);
     };
 
-    int lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * M_TILES * 16;
+    int warp_row = warp * M_TILES * 16;
     float total[M_TILES][HEAD_DIM / 8][4] = {}, largest[M_TILES][2], sum[M_TILES][2] = {};
     for (int m = 0; m < M_TILES; ++m)
         for (int r = 0; r < 2; ++r) largest[m][r] = -INFINITE;
     float scale_log2 = scale * LOG2_E;
 
+    if (WARPS == 1) look_up(from_tile);
     if (from_tile < to_tile) fetch(from_tile, 0);
     for (int key_tile = from_tile; key_tile < to_tile; ++key_tile) {
         int stage = (key_tile - from_tile) % 2;
