@@ -55,7 +55,8 @@ fn ids(tokenizer: &Tokenizer, path: &Path) -> (usize, String) {
 
 /// Every text comes back, at once and as a stream; bytes come back where there are tokens for them.
 fn round_trips(tokenizer: &Tokenizer) {
-    let texts = ["", " ", "\n\n\n a  b\t", "I'VE 12345 \r\n\r\n  ²³ ½", "é漢🦀👩‍👩‍👧 fi\u{301}", "def f(x):\n    return x // 2\n"];
+    let texts =
+        ["", " ", "\n\n\n a  b\t", "I'VE 12345 \r\n\r\n  ²³ ½", "é漢🦀👩‍👩‍👧 fi\u{301}", "def f(x):\n    return x // 2\n"];
     for text in texts {
         let ids = tokenizer.encode(text, false).unwrap();
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);

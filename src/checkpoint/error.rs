@@ -119,6 +119,14 @@ pub enum CheckpointError {
         /// What it may be.
         expected: &'static str,
     },
+    /// A model on a hub that cannot be had.
+    #[error("{model}: {what}")]
+    Hub {
+        /// Its name, as given.
+        model: String,
+        /// Why not.
+        what: String,
+    },
     /// The target of a write is already there.
     #[error("{} already exists", path.display())]
     Exists {
@@ -162,7 +170,7 @@ pub enum CheckpointError {
 
 impl CheckpointError {
     /// For `map_err` after a call to the system.
-    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| CheckpointError::Io { action, path, source }
     }

@@ -12,12 +12,12 @@ use super::storage::Storage;
 use super::tensor_file::{FLOATS, StoredTensor, Tensor, TensorFile};
 use crate::backend::DType;
 use crate::model::config::{BlockKind, ModelConfig};
-use crate::model::tensors::{EMBED_TOKENS, LM_HEAD, TensorSpec, layer_tensor};
+use crate::model::tensors::{EMBED_TOKENS, INPUT_NORM, LM_HEAD, TensorSpec, layer_tensor};
 
 /// No longer JSON beside the weights is read.
 const LONGEST_JSON: u64 = 1 << 26;
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// A checkpoint whose every tensor is there with the shape that its configuration says. Values are read tensor by
 /// tensor, so it may be larger than memory.
@@ -217,6 +217,13 @@ impl Checkpoint {
 
     /// Holds the tensors against the configuration.
     fn check(&self) -> Result<()> {
+        // Before the list of all tensors is made, which is long when the configuration claims many layers.
+        let norms = self.config.blocks.iter().enumerate().filter(|(_, kind)| **kind != BlockKind::Identity);
+        for norm in norms.map(|(layer, _)| layer_tensor(layer, INPUT_NORM)) {
+            if !self.sources.contains_key(&norm) {
+                return Err(self.missing(&norm, 0));
+            }
+        }
         let specs = self.config.tensors();
         let missing: Vec<&TensorSpec> = specs.iter().filter(|spec| !self.sources.contains_key(&spec.name)).collect();
         if let [first, more @ ..] = &missing[..] {
@@ -332,7 +339,7 @@ fn open_files(folder: &Path) -> Result<Vec<TensorFile>> {
 }
 
 /// The tensors that an index lists, and the file of each.
-fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
+pub(super) fn read_index(path: &Path) -> Result<Vec<(String, String)>> {
     let malformed = |what: String| CheckpointError::malformed(path, what);
     let document: Value =
         serde_json::from_str(&read_json_text(path)?).map_err(|error| malformed(format!("not JSON: {error}")))?;

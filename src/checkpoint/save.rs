@@ -17,7 +17,7 @@ use crate::model::tensors::TensorSpec;
 pub const SHARD_BYTES: usize = 5_000_000_000;
 
 /// What a tokenizer, its template and the defaults of generation lie in.
-const COPIED: [&str; 11] = [
+pub(super) const COPIED: [&str; 11] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",

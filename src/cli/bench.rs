@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Subcommand;
 use serde_json::json;
 
-use super::common::{DeviceArguments, print, print_json, progress};
+use super::common::{DeviceArguments, located, print, print_json, progress};
 use crate::backend::Device;
 use crate::bench::kernels::{self, Kernel};
 use crate::bench::shapes::{Shape, random_model};
@@ -40,7 +40,7 @@ enum What {
 /// Tokens a second of prefill and decoding, and the memory of a sequence.
 #[derive(clap::Args)]
 struct ThroughputArguments {
-    /// Folders of models; the first is what the others are compared with.
+    /// Folders of models, GGUF files, or names such as hub:ORG/NAME; the first is what the others are compared with.
     models: Vec<PathBuf>,
     /// Random weights of these sizes instead: arithmetic, smollm2-135m or apriel-15b.
     #[arg(long, value_name = "SHAPE", conflicts_with = "models")]
@@ -145,7 +145,7 @@ fn run_throughput(arguments: ThroughputArguments) -> anyhow::Result<()> {
         }
         return report_throughput(&arguments, &device, &limits, &measured);
     }
-    let checkpoints = arguments.models.iter().map(|path| Ok((path, Checkpoint::open(path)?)));
+    let checkpoints = arguments.models.iter().map(|path| Ok((path, Checkpoint::open(&located(path)?)?)));
     let checkpoints = checkpoints.collect::<anyhow::Result<Vec<_>>>()?;
     let limits = Limits::measure(arguments.device.threads(), BUDGET)?;
     for (path, checkpoint) in checkpoints {

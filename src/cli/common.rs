@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::model::Model;
 use crate::text::cache::{Cache, Progress};
 use crate::text::documents::Documents;
@@ -92,6 +92,11 @@ pub(super) fn tokenising() -> impl FnMut(Progress) {
             bar.finish_and_clear();
         }
     }
+}
+
+/// The folder or file that MODEL stands for, downloaded first if it is on a hub.
+pub(super) fn located(model: &Path) -> anyhow::Result<PathBuf> {
+    Ok(checkpoint::locate(Path::new(""), model)?)
 }
 
 /// Fails before a long computation rather than after it when the output cannot be written: something has its name, or

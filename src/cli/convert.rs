@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, ensure};
 use serde_json::json;
 
-use super::common::{print, print_json, progress, refuse_existing, tokenising};
+use super::common::{located, print, print_json, progress, refuse_existing, tokenising};
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
 use crate::checkpoint::{Checkpoint, SaveOptions, save};
@@ -25,7 +25,7 @@ use crate::text::tokenizer::{self, Tokenizer, TokenizerError};
 /// Turns attention layers into Mamba layers, or stores a model as another dtype.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder; its Mamba layers, if it has any, stay as they are.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME; its Mamba layers, if it has any, stay as they are.
     model: PathBuf,
     /// The new folder; its tokenizer and generation files are the model's.
     #[arg(long, value_name = "DIR")]
@@ -74,8 +74,10 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     refuse_existing(&arguments.out)?;
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let model = Checkpoint::open(&arguments.model)?;
     let original = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
     let teacher = original.as_ref().unwrap_or(&model);

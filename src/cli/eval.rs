@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
-use super::common::{DeviceArguments, TextArguments, print, print_json, progress};
+use super::common::{DeviceArguments, TextArguments, located, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
 use crate::eval::Evaluator;
 use crate::report::table::{Align, Table};
@@ -14,7 +14,7 @@ use crate::text::tokenizer::Tokenizer;
 /// Perplexity and exact answers on data; with a teacher, KL and agreement too.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// JSON lines or Parquet with `text`, `messages`, `prompt`/`completion` or `question`/`answer`, or a .txt; several are
     /// scored apart.
@@ -38,7 +38,9 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let teacher = arguments.teacher.as_deref().map(Checkpoint::open).transpose()?;
     let tokenizer = Tokenizer::open(&arguments.model)?;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
 
-use super::common::{DeviceArguments, progress, refuse_existing_file};
+use super::common::{DeviceArguments, located, progress, refuse_existing_file};
 use crate::backend::{DType, Segments, View};
 use crate::checkpoint::{Checkpoint, NewTensor, TensorFile, write_tensors};
 use crate::model::{Activations, FinalNorm, Keep, Logits};
@@ -14,7 +14,7 @@ use crate::model::{Activations, FinalNorm, Keep, Logits};
 /// Logits, and hidden states if wanted, of given tokens.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// A safetensors file with `input_ids` [rows, length].
     #[arg(long, value_name = "FILE")]
@@ -29,8 +29,9 @@ pub(super) struct Arguments {
     device: DeviceArguments,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     refuse_existing_file(&arguments.out)?;
+    arguments.model = located(&arguments.model)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let file = TensorFile::open(&arguments.tokens)?;
     let input = file.tensor("input_ids")?.to_u32()?;

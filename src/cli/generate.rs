@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, anyhow, ensure};
 use serde_json::{Value, json};
 
-use super::common::{DeviceArguments, print, print_json, print_part};
+use super::common::{DeviceArguments, located, print, print_json, print_part};
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Event, Finish, Generator, Limits, Request};
 use crate::text::record;
@@ -16,7 +16,7 @@ use crate::text::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
 /// Continue texts, several at once.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder or GGUF file.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// A text to continue; may be given several times.
     #[arg(long, short, value_name = "TEXT")]
@@ -103,7 +103,7 @@ fn prompts(arguments: &Arguments, said: Vec<String>, tokenizer: &Tokenizer) -> a
     Ok(prompts)
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut said = arguments.prompt.clone();
     if let Some(path) = &arguments.prompts {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -113,6 +113,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         !said.is_empty() || arguments.messages.is_some(),
         "there is nothing to continue: give --prompt TEXT, --prompts FILE or --messages FILE"
     );
+    arguments.model = located(&arguments.model)?;
     let checkpoint = Checkpoint::open(&arguments.model)?;
     let tokenizer = Tokenizer::open(&arguments.model)?;
     let prompts = prompts(&arguments, said, &tokenizer)?;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::ensure;
 use serde_json::json;
 
-use super::common::{DeviceArguments, TextArguments, print, print_json, progress};
+use super::common::{DeviceArguments, TextArguments, located, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
 use crate::distill::config::{Config, ImportanceConfig, LooConfig, MmrConfig, StudentConfig, TeacherConfig};
 use crate::distill::ground::Ground;
@@ -22,7 +22,7 @@ use crate::train::config::{BatchConfig, OptimizerConfig};
 /// Ranks the attention layers of a model, least important first.
 #[derive(clap::Args)]
 pub(super) struct Arguments {
-    /// The model's folder.
+    /// A model's folder, a GGUF file, or hub:ORG/NAME.
     model: PathBuf,
     /// Leave one layer out (loo), or replace one mixer and distil for a few steps (mmr).
     #[arg(long, value_name = "loo|mmr")]
@@ -78,11 +78,13 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let method = arguments.method;
     let name = format!("runs/importance-{}", method.name().to_lowercase());
     let out = arguments.out.clone().unwrap_or_else(|| name.into());
     ensure!(arguments.resume || !out.exists(), "{} already exists; --resume goes on with it", out.display());
+    arguments.model = located(&arguments.model)?;
+    arguments.teacher = arguments.teacher.as_deref().map(located).transpose()?;
     let student = Checkpoint::open(&arguments.model)?;
     let original = Checkpoint::open(arguments.teacher.as_ref().unwrap_or(&arguments.model))?;
     let tokenizer = Tokenizer::open(&arguments.model)?;

@@ -46,7 +46,8 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let stem = arguments.config.file_stem().unwrap_or_default();
     let out = arguments.out.unwrap_or_else(|| Path::new("runs").join(stem));
     let device = arguments.device.open()?;
-    let mut job = Job::open(settings, (base, &out), arguments.resume, (&device, arguments.device.dtype()), &mut tokenising())?;
+    let mut job =
+        Job::open(settings, (base, &out), arguments.resume, (&device, arguments.device.dtype()), &mut tokenising())?;
     eprintln!(
         "{} parameters, {} documents of {} tokens in all, {} held out; steps {} to {} on {}",
         job.model().config().parameter_count(),

@@ -71,7 +71,7 @@ pub struct Config {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TeacherConfig {
-    /// A folder in Hugging Face form, or a GGUF file.
+    /// A folder in Hugging Face form, a GGUF file, or hub:ORG/NAME.
     pub path: Option<PathBuf>,
     /// The keys of a `config.json`.
     pub shape: Option<toml::Table>,
@@ -353,10 +353,7 @@ impl Config {
     /// When it cannot be read, or makes no sense.
     pub fn teacher_shape(&self, base: &Path) -> Result<ModelConfig> {
         match (&self.teacher.path, &self.teacher.shape) {
-            (Some(path), _) if base.join(path).is_file() => {
-                Ok(checkpoint::Checkpoint::open(&base.join(path))?.config().clone())
-            }
-            (Some(path), _) => Ok(checkpoint::read_config(&base.join(path))?),
+            (Some(path), _) => Ok(checkpoint::read_config(&checkpoint::locate(base, path)?)?),
             (None, shape) => {
                 let wrong = |what: String| Error::Configuration(format!("teacher.shape: {what}"));
                 let value = serde_json::to_value(shape).map_err(|error| wrong(error.to_string()))?;

@@ -28,7 +28,7 @@ use super::table::{Row, Summary};
 use super::watch::{Event, Watcher};
 use super::{Error, Result};
 use crate::backend::{DType, Device};
-use crate::checkpoint::{Checkpoint, SaveOptions, save_model_into};
+use crate::checkpoint::{self, Checkpoint, SaveOptions, save_model_into};
 use crate::eval::Evaluator;
 use crate::hybrid::{Init, LayerSet};
 use crate::model::Model;
@@ -110,7 +110,7 @@ impl<'a> Distillation<'a> {
     fn open(setup: Setup<'a>, watcher: &mut dyn Watcher) -> Result<(Self, Option<Saved<SessionState>>)> {
         let Setup { config, base, device, dtype, .. } = setup;
         config.check()?;
-        let Some(path) = config.teacher.path.as_ref().map(|path| base.join(path)) else {
+        let Some(path) = config.teacher.path.as_ref().map(|path| checkpoint::locate(base, path)).transpose()? else {
             return Err(Error::Configuration("teacher.shape is enough for --plan alone; to distil, give path".into()));
         };
         let Some(data) = &config.data else {

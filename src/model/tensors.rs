@@ -1,5 +1,7 @@
 //! Every tensor of a model: its name in a Hugging Face checkpoint, its shape, and what it is for.
 
+use serde_json::Map;
+
 use crate::model::config::{BlockKind, MambaConfig, ModelConfig};
 
 /// Token embedding, `[vocab_size, hidden_size]`; the head too when tied.
@@ -148,6 +150,18 @@ impl ModelConfig {
 
     /// Number of parameters; a tied head counts once.
     pub fn parameter_count(&self) -> u64 {
-        self.tensors().iter().map(|tensor| tensor.len() as u64).sum()
+        u64::try_from(self.parameters()).unwrap_or(u64::MAX)
+    }
+
+    /// The same of any sizes, without a list as long as the layers are many.
+    pub(super) fn parameters(&self) -> u128 {
+        let of = |blocks| {
+            let tensors = ModelConfig { blocks, extra: Map::new(), ..self.clone() }.tensors();
+            tensors.iter().map(|tensor| tensor.shape.iter().map(|size| *size as u128).product::<u128>()).sum::<u128>()
+        };
+        let shared = of(Vec::new());
+        let kinds = [BlockKind::Attention, BlockKind::Mamba].map(|kind| (kind, self.layers_of(kind).count() as u128));
+        let used = kinds.into_iter().filter(|(_, count)| *count > 0);
+        shared + used.map(|(kind, count)| count * (of(vec![kind]) - shared)).sum::<u128>()
     }
 }

@@ -170,11 +170,15 @@ impl<'a> Encoder<'a> {
         let template = template.ok_or(TokenizerError::NoTemplate)?;
         let (text, spans) = self.spans(template, messages, tools)?;
         let mut encoded = Encoded::default();
-        let parts: Vec<(&str, bool)> = spans.iter().map(|(end, counts)| (*end, *counts)).scan(0, |start, (end, counts)| {
-            let part = &text[*start..end];
-            *start = end;
-            Some((part, counts))
-        }).collect();
+        let parts: Vec<(&str, bool)> = spans
+            .iter()
+            .map(|(end, counts)| (*end, *counts))
+            .scan(0, |start, (end, counts)| {
+                let part = &text[*start..end];
+                *start = end;
+                Some((part, counts))
+            })
+            .collect();
         self.append(&mut encoded, &parts)?;
         Ok(encoded)
     }

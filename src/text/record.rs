@@ -51,7 +51,9 @@ impl Record {
         }
         let found: Vec<&str> = row.keys().map(String::as_str).collect();
         let found = if found.is_empty() { "no keys".to_owned() } else { format!("only {}", found.join(", ")) };
-        Err(format!("expected `text`, `messages`, `prompt` and `completion`, or `question` and `answer`; found {found}"))
+        Err(format!(
+            "expected `text`, `messages`, `prompt` and `completion`, or `question` and `answer`; found {found}"
+        ))
     }
 
     /// All of its text, which tells it from other records.
@@ -83,7 +85,10 @@ pub fn turns(messages: &Value) -> Result<Vec<Message>, String> {
     if list.is_empty() {
         return Err("`messages`: expected at least one, found none".to_owned());
     }
-    let turn = |(turn, number): (&Value, usize)| match turn.as_object().filter(|turn| turn.get("role").is_some_and(Value::is_string)) {
+    let turn = |(turn, number): (&Value, usize)| match turn
+        .as_object()
+        .filter(|turn| turn.get("role").is_some_and(Value::is_string))
+    {
         Some(turn) => Ok(turn.clone()),
         None => Err(format!("`messages`: expected an object with a `role`, found {} as number {number}", kind(turn))),
     };

@@ -119,10 +119,12 @@ impl ChatTemplate {
         let rendered = environment
             .template_from_str(&self.source)
             .and_then(|template| template.render_captured_to(Value::from_pairs(variables), &mut text).map(drop));
-        rendered.map_err(|error| match (error.kind(), error.detail().and_then(|detail| detail.strip_prefix(REFUSED))) {
-            (ErrorKind::OutOfFuel, _) => TemplateError::Endless,
-            (_, Some(refused)) => TemplateError::Refused(refused.to_owned()),
-            _ => TemplateError::Failed(words(&error)),
+        rendered.map_err(|error| {
+            match (error.kind(), error.detail().and_then(|detail| detail.strip_prefix(REFUSED))) {
+                (ErrorKind::OutOfFuel, _) => TemplateError::Endless,
+                (_, Some(refused)) => TemplateError::Refused(refused.to_owned()),
+                _ => TemplateError::Failed(words(&error)),
+            }
         })?;
         String::from_utf8(text.0).map_err(|_| TemplateError::Failed("its text is not UTF-8".into()))
     }

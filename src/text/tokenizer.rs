@@ -282,7 +282,11 @@ impl Tokenizer {
         for (name, value) in &self.files {
             let path = folder.join(name);
             write_file(&path, |file| {
-                writeln!(file, "{value:#}").map_err(|source| CheckpointError::Io { action: "write", path: path.clone(), source })
+                writeln!(file, "{value:#}").map_err(|source| CheckpointError::Io {
+                    action: "write",
+                    path: path.clone(),
+                    source,
+                })
             })?;
         }
         Ok(())

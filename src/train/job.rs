@@ -19,8 +19,8 @@ use crate::eval::{Evaluator, Scores};
 use crate::model::{LossKind, Model};
 use crate::report::metrics::{self, Record};
 use crate::text::arithmetic::ALPHABET;
-use crate::text::characters::write_character_tokenizer;
 use crate::text::cache::Progress;
+use crate::text::characters::write_character_tokenizer;
 use crate::text::documents::Documents;
 use crate::text::packing::{Batch, Batches};
 use crate::text::tokenizer::{self, Tokenizer};
@@ -208,7 +208,9 @@ fn tokenizer_folder(config: &TrainConfig, base: &Path, run: &Run) -> Result<Path
             Err(Error::Configuration("model: a checkpoint brings its own tokenizer; leave `tokenizer` out".into()))
         }
         (Some(model), ..) | (None, Some(model), _) => {
-            tokenizer::folder_of(&base.join(model), |write| run.publish("tokenizer", |folder| Ok(write(folder)?)))
+            tokenizer::folder_of(&checkpoint::locate(base, model)?, |write| {
+                run.publish("tokenizer", |folder| Ok(write(folder)?))
+            })
         }
         (None, None, Some(_)) => run.publish("tokenizer", |folder| Ok(write_character_tokenizer(folder, ALPHABET)?)),
         _ => Err(Error::Configuration("model: a new model for files needs a folder under `tokenizer`".into())),
@@ -226,7 +228,7 @@ fn model(
             Err(Error::Configuration("model: expected either `checkpoint` or `shape`".into()))
         }
         (Some(saved), ..) => Ok(checkpoint::load(device, &saved.folder, dtype)?),
-        (None, Some(folder), _) => Ok(checkpoint::load(device, &base.join(folder), dtype)?),
+        (None, Some(folder), _) => Ok(checkpoint::load(device, &checkpoint::locate(base, folder)?, dtype)?),
         (None, None, Some(shape)) => fresh(device, shape.config(tokenizer)?, dtype, config.seed),
     }
 }

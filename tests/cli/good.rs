@@ -48,7 +48,7 @@ fn inspect_says_what_a_model_is() {
     // Two layers of keys and values 32 wide, two of states [32, 4] before the head repeat and [64, 8].
     assert_eq!(facts["cache_bytes"], json!(4 * 2 * (2 * 32 * 100 + 32 * 4 + 64 * 8)));
     let words = world.h1("inspect hybrid --values").good();
-    assert!(words.contains("layers 1 3") && words.contains("132048"), "{words}");
+    assert!(words.contains("layers 1,3") && words.contains("AMAM, 4 layers") && words.contains("132048"), "{words}");
 }
 
 #[test]

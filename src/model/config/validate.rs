@@ -57,7 +57,7 @@ impl ModelConfig {
             }
             None => {}
         }
-        let parameters = self.tensors().iter().map(|tensor| tensor.len() as u128).sum::<u128>();
+        let parameters = self.parameters();
         holds(parameters <= MOST_PARAMETERS, "the number of parameters", parameters, || {
             format!("at most {MOST_PARAMETERS}")
         })

@@ -55,7 +55,10 @@ fn lines(count: usize) -> Vec<String> {
 }
 
 fn all(documents: &Documents) -> Vec<(Vec<u32>, Vec<bool>)> {
-    (0..documents.len()).map(|index| documents.get(index).unwrap()).map(|d| (d.ids.to_vec(), d.counts.to_vec())).collect()
+    (0..documents.len())
+        .map(|index| documents.get(index).unwrap())
+        .map(|d| (d.ids.to_vec(), d.counts.to_vec()))
+        .collect()
 }
 
 #[test]

@@ -35,7 +35,8 @@ pub(super) fn read<E: From<DatasetError>>(path: &Path, rows: &mut Rows<'_, E>) -
 
 /// What the parquet library does, with a panic of it as an error.
 fn contained<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err("the file is malformed: the parquet library gave up".into()))
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("the file is malformed: the parquet library gave up".into()))
 }
 
 struct Table {

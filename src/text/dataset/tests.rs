@@ -44,7 +44,10 @@ fn every_bad_line_is_named_with_what_was_expected() {
         (b"{\"text\": ", "7: expected a JSON object, found no JSON"),
         (b"{\"text\": \"\"}", "8: expected some text under `text`, found none"),
         (b"{\"messages\": {}}", "9: `messages`: expected a list, found an object"),
-        (b"{\"messages\": [{\"role\": \"user\"}, {}]}", "10: `messages`: expected an object with a `role`, found an object as number 2"),
+        (
+            b"{\"messages\": [{\"role\": \"user\"}, {}]}",
+            "10: `messages`: expected an object with a `role`, found an object as number 2",
+        ),
     ];
     let content: Vec<u8> = lines.iter().flat_map(|(line, _)| [line, &b"\n"[..]].concat()).collect();
     let said = read("data.jsonl", content).unwrap_err().to_string();

@@ -85,7 +85,11 @@ fn of_a_conversation_what_the_roles_say_is_learnt_with_the_token_that_ends_it() 
         (LossOn::Roles(vec!["user".into()]), "u:hi?</s>u:why?</s>"),
         (LossOn::Roles(vec!["system".into(), "assistant".into()]), "<s>s:be</s>yo</s>so!</s>"),
     ] {
-        assert_eq!(learnt(&tokenizer, loss_on.clone(), &record), (whole.to_owned(), expected.to_owned()), "{loss_on:?}");
+        assert_eq!(
+            learnt(&tokenizer, loss_on.clone(), &record),
+            (whole.to_owned(), expected.to_owned()),
+            "{loss_on:?}"
+        );
     }
 }
 

@@ -39,7 +39,9 @@ fn check_bpe(model: &Map<String, Value>) -> Result<(), String> {
             },
             _ => None,
         };
-        let Some((left, right)) = pair else { return Err(format!("merge {number}: expected two tokens, found {merge}")) };
+        let Some((left, right)) = pair else {
+            return Err(format!("merge {number}: expected two tokens, found {merge}"));
+        };
         let Some(rest) = right.strip_prefix(prefix) else {
             return Err(format!("merge {number}: `{right}` does not start with `{prefix}`"));
         };

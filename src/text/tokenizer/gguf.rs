@@ -32,12 +32,15 @@ struct Metadata<'a> {
 pub(super) fn files(file: &GgufFile) -> Result<Files, TokenizerError> {
     let metadata = Metadata::read(file)?;
     let key = "tokenizer.ggml.model";
-    let Some(model) = file.get_str(key)? else { return Err(metadata.wrong(format!("it has no `{key}`: no tokenizer"))) };
+    let Some(model) = file.get_str(key)? else {
+        return Err(metadata.wrong(format!("it has no `{key}`: no tokenizer")));
+    };
     let (mut tokenizer, rules) = match model {
         "gpt2" => metadata.byte_level()?,
         "llama" => metadata.sentence_piece()?,
         other => {
-            return Err(metadata.wrong(format!("`{key}` is `{other}`; expected gpt2 (byte-level BPE) or llama (SentencePiece)")));
+            return Err(metadata
+                .wrong(format!("`{key}` is `{other}`; expected gpt2 (byte-level BPE) or llama (SentencePiece)")));
         }
     };
     tokenizer["added_tokens"] = metadata.added();
@@ -102,7 +105,8 @@ impl<'a> Metadata<'a> {
             // A token may itself begin with a space.
             let at = merge.char_indices().skip(1).find(|(_, character)| *character == ' ').map(|(at, _)| at);
             let pair = at.map(|at| json!([merge[..at], merge[at + 1..]]));
-            pairs.push(pair.ok_or_else(|| self.wrong(format!("merge {number}: expected two tokens, found `{merge}`")))?);
+            pairs
+                .push(pair.ok_or_else(|| self.wrong(format!("merge {number}: expected two tokens, found `{merge}`")))?);
         }
         let byte_level = json!({
             "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
@@ -168,7 +172,9 @@ impl<'a> Metadata<'a> {
         for id in pieces {
             let piece = self.tokens[id];
             if piece.len() > LONGEST_PIECE {
-                return Err(self.wrong(format!("token {id} has {} bytes; expected at most {LONGEST_PIECE}", piece.len())));
+                return Err(
+                    self.wrong(format!("token {id} has {} bytes; expected at most {LONGEST_PIECE}", piece.len()))
+                );
             }
             for (at, _) in piece.char_indices().skip(1) {
                 let (left, right) = piece.split_at(at);
@@ -211,7 +217,9 @@ impl<'a> Metadata<'a> {
             }
         };
         let adds = |name: &str, otherwise| {
-            Ok::<_, TokenizerError>(self.file.get_bool(&format!("tokenizer.ggml.add_{name}_token"))?.unwrap_or(otherwise))
+            Ok::<_, TokenizerError>(
+                self.file.get_bool(&format!("tokenizer.ggml.add_{name}_token"))?.unwrap_or(otherwise),
+            )
         };
         Ok(Special {
             bos: token("bos", rules.bos)?,
@@ -261,8 +269,12 @@ impl Special<'_> {
             "add_bos_token": self.adds_bos,
             "add_eos_token": self.adds_eos,
         });
-        let named =
-            [("bos_token", self.bos), ("eos_token", self.eos), ("unk_token", self.unknown), ("pad_token", self.padding)];
+        let named = [
+            ("bos_token", self.bos),
+            ("eos_token", self.eos),
+            ("unk_token", self.unknown),
+            ("pad_token", self.padding),
+        ];
         for (name, token) in named {
             if let Some((_, token)) = token {
                 config[name] = json!(token);

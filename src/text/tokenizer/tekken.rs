@@ -99,7 +99,8 @@ pub(super) fn files(path: &Path, bytes: &[u8]) -> Result<Files, TokenizerError> 
             "special_tokens": { "<s>": { "id": "<s>", "ids": [id], "tokens": ["<s>"] } },
         })
     });
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
+    let byte_level =
+        json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false });
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
         "added_tokens": added.collect::<Vec<_>>(),
@@ -134,7 +135,9 @@ impl Tekken {
         for (entry, rank) in self.vocab[..used].iter().zip(0..) {
             let bytes = base64(&entry.token_bytes).filter(|bytes| !bytes.is_empty());
             match bytes {
-                _ if entry.rank != rank => return Err(format!("expected the token of rank {rank}, found rank {}", entry.rank)),
+                _ if entry.rank != rank => {
+                    return Err(format!("expected the token of rank {rank}, found rank {}", entry.rank));
+                }
                 Some(bytes) if bytes.len() <= LONGEST_TOKEN => ranked.push(bytes),
                 Some(bytes) => return Err(format!("the token of rank {rank} has {} bytes", bytes.len())),
                 None => return Err(format!("the bytes of rank {rank} are no base64")),

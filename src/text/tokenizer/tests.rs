@@ -162,7 +162,9 @@ fn the_template_comes_from_its_own_file_or_from_the_configuration() {
     let several = json!([{ "name": "tools", "template": "no" }, { "name": "default", "template": "yes" }]);
     let tokenizer = load(&[(TOKENIZER_FILE, character_tokenizer("a")), config(several)]).unwrap();
     assert_eq!(render(&tokenizer).unwrap(), "yes");
-    for (template, words) in [(json!(3), "expected a template"), (json!([]), "`default`"), (json!("{% if %}"), "cannot be read")] {
+    for (template, words) in
+        [(json!(3), "expected a template"), (json!([]), "`default`"), (json!("{% if %}"), "cannot be read")]
+    {
         let error = load(&[(TOKENIZER_FILE, character_tokenizer("a")), config(template)]).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }

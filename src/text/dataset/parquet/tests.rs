@@ -61,7 +61,8 @@ fn file(content: &[u8]) -> (tempfile::TempDir, PathBuf) {
 #[test]
 fn rows_are_records_by_their_columns_however_they_are_compressed() {
     let levels = ZstdLevel::default();
-    for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(levels), Compression::LZ4_RAW] {
+    for compression in [Compression::UNCOMPRESSED, Compression::SNAPPY, Compression::ZSTD(levels), Compression::LZ4_RAW]
+    {
         let (_folder, path) = file(&table(compression));
         let records = read_records(&path).unwrap();
         let expected = [("a?", "1"), ("é?", "2"), ("b?", "1"), ("c?", "2")];

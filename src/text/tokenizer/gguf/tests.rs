@@ -144,7 +144,10 @@ fn what_is_wrong_is_named() {
         (plain().texts("ggml.merges", &["b a"]), "`ba` is not in the vocabulary"),
         (plain().id("ggml.eos_token_id", 9), "`tokenizer.ggml.eos_token_id` is 9, but there are 3 tokens"),
         (plain().text("chat_template", "{% if %}"), "the chat template cannot be read"),
-        (Gguf::default().text("ggml.model", "gpt2").texts("ggml.tokens", &["a", "a"]), "the tokens 0 and 1 are both `a`"),
+        (
+            Gguf::default().text("ggml.model", "gpt2").texts("ggml.tokens", &["a", "a"]),
+            "the tokens 0 and 1 are both `a`",
+        ),
         (Gguf::default().text("ggml.model", "llama").texts("ggml.tokens", &["a"]), "1 tokens, but 0 scores"),
         (sentence_piece().scores(&[f32::NAN; 265]), "the score of token 0"),
         (Gguf::default().id("ggml.model", 3).texts("ggml.tokens", &["a"]), "tokenizer.ggml.model"),
