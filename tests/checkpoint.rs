@@ -326,7 +326,7 @@ fn what_is_wrong_is_said_with_file_and_tensor() {
         assert!(error.contains(sentence), "{error}");
     }
     assert!(Checkpoint::open(Path::new("/nowhere")).unwrap_err().to_string().contains("no such folder"));
-    assert!(Checkpoint::open(&golden("hybrid/config.json")).unwrap_err().to_string().contains("not a folder"));
+    assert!(Checkpoint::open(&golden("hybrid/config.json")).unwrap_err().to_string().contains("not a GGUF file"));
 }
 
 #[test]

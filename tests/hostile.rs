@@ -148,7 +148,7 @@ fn a_gguf_cut_anywhere_is_refused() {
         let whole = fs::read(tests().join(name)).unwrap();
         open_gguf(&whole).unwrap();
         // Every place of the header, and hundreds among the values.
-        let places = (0..2048).chain((2048..whole.len()).step_by(97)).chain([whole.len() - 32]);
+        let places = (4..2048).chain((2048..whole.len()).step_by(97)).chain([whole.len() - 32]);
         for length in places.filter(|length| *length < whole.len()) {
             let error = refusal(&whole[..length]);
             assert!(error.contains("cut") || error.contains("more than the rest"), "cut to {length} bytes: {error}");

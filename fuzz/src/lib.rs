@@ -50,3 +50,9 @@ pub fn folder() -> PathBuf {
     std::fs::create_dir_all(&folder).expect("a folder for the input");
     folder
 }
+
+/// Lets a panic that h1 takes for an error of a library reach it: the fuzzer would end the process at once.
+pub fn contain_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| std::panic::set_hook(Box::new(|_| ())));
+}

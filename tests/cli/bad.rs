@@ -27,7 +27,7 @@ fn refused(cases: &[Case]) {
 fn refuses_broken_models(line: &str) {
     let models = [
         ("nowhere", "nowhere: no such folder"),
-        ("file", "file: not a folder"),
+        ("file", "file: not a GGUF file"),
         ("empty", "it has no config.json"),
         ("lost", "lost: no weights"),
         ("cut", "cut/model.safetensors: "),
