@@ -41,8 +41,8 @@ fn decode_step(criterion: &mut Criterion) {
     let device = select::open(Name::Cpu, None).unwrap();
     let config = Shape::SmolLm2.config();
     let model = random_model(&device, &config, config.num_hidden_layers() / 2, DType::F32).unwrap();
-    let mut activations = Activations::new(&model, Keep::Nothing, DType::F32, PAST, 1).unwrap();
-    let mut cache = Cache::new(&device, model.config(), DType::F32, 1, PAST + 1, PAST + 1).unwrap();
+    let mut activations = Activations::new(&model, Keep::Nothing, PAST, 1).unwrap();
+    let mut cache = Cache::new(&model, 1, PAST + 1, PAST + 1).unwrap();
     let (norm, head) = (FinalNorm::new(&model, 1).unwrap(), Logits::new(&model, 1).unwrap());
     let segment = |len, past| {
         let mut segments = Segments::default();

@@ -25,24 +25,32 @@ extern "C" __global__ void conv1d(Rows<const T_X> x, Rows<const T_W> weight, con
             for (int k = 0; k < TAPS; ++k) taps[k] = load(weight.row(filter) + k);
             float base = bias ? load(bias + filter) : 0.0f;
             int before = -1;
-            for (int r = 0; r < rows; ++r) {
-                long long t = first + r;
-                if (owner[r] < 0) continue;
-                if (owner[r] != before) {
-                    before = owner[r];
-                    Segment segment = segments[before];
+            for (int row = 0; row < rows; row += AHEAD) {
+                float ahead[AHEAD];
 #pragma unroll
-                    for (int k = 0; k < TAPS; ++k)
-                        window[k] = past_input(x, state_in, slots, segment, t - TAPS + 1 + k, input);
-                } else {
+                for (int i = 0; i < AHEAD; ++i)
+                    ahead[i] = row + i < rows ? load(x.row(first + row + i) + input) : 0.0f;
 #pragma unroll
-                    for (int k = 0; k + 1 < TAPS; ++k) window[k] = window[k + 1];
-                    window[TAPS - 1] = load(x.row(t) + input);
+                for (int i = 0; i < AHEAD; ++i) {
+                    int now = row + i < rows ? owner[row + i] : -1;
+                    if (now < 0) continue;
+                    long long t = first + row + i;
+                    if (now != before) {
+                        before = now;
+                        Segment segment = segments[before];
+#pragma unroll
+                        for (int k = 0; k < TAPS; ++k)
+                            window[k] = past_input(x, state_in, slots, segment, t - TAPS + 1 + k, input);
+                    } else {
+#pragma unroll
+                        for (int k = 0; k + 1 < TAPS; ++k) window[k] = window[k + 1];
+                        window[TAPS - 1] = ahead[i];
+                    }
+                    float sum = base;
+#pragma unroll
+                    for (int k = 0; k < TAPS; ++k) sum = fmaf(taps[k], window[k], sum);
+                    store(out.row(t) + c, silu(sum));
                 }
-                float sum = base;
-#pragma unroll
-                for (int k = 0; k < TAPS; ++k) sum = fmaf(taps[k], window[k], sum);
-                store(out.row(t) + c, silu(sum));
             }
         }
     }

@@ -4,6 +4,8 @@
 
 // Rows that a block takes.
 #define CONV_ROWS 64
+// Rows whose values a thread loads at once.
+#define AHEAD 8
 
 // The input channel of an output channel.
 H1_DEVICE int input_channel(int c, int head, int repeat) { return c / (head * repeat) * head + c % head; }

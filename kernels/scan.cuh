@@ -11,12 +11,18 @@
 
 // Tokens that are in shared memory at a time.
 #define STEPS 32
-// Tokens between two saved states, counted from the start of a segment; a multiple of STEPS.
-#define SCAN_CHUNK 64
+// Tokens between two saved states, counted from the start of a segment.
+#define SCAN_CHUNK STEPS
 #define STATES ((D_STATE + LANES - 1) / LANES)
 #define PADDED (STATES * LANES)
 #define THREADS (TILE * LANES)
 #define OWN (STEPS / LANES)
+#define WARP_CHANNELS (WARP / LANES)
+// Of the values in global memory, STAGES times STEPS tokens are in shared memory or on their way there.
+#define STAGES (D_STATE > 64 ? 1 : 2)
+// Rows of [STEPS][TILE] values in shared memory, such that threads of neighbouring tokens meet in few banks.
+#define STEP_ROW (TILE + 2)
+#define SUM_ROW (TILE + 8)
 #define LOG2_E 1.4426950408889634f
 #define LN_2 0.6931471805599453f
 
@@ -45,14 +51,13 @@ struct Tile {
     }
 };
 
-// 1 / (1 + exp(−x)), to a few units in the last place for x that are not far below 0.
-H1_DEVICE float sigmoid_fast(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-LOG2_E * x)); }
-
-// The step size and its derivative by delta.
-H1_DEVICE float step_size(float raw, int softplus) {
-    return softplus && raw <= 20.0f ? log1pf(exp2_fast(LOG2_E * raw)) : raw;
+// ln(1 + exp(x)) to a few units in the last place, without a branch. With e = exp(−|x|) it is max(x, 0) + ln(1 + e), and
+// ln(1 + e) = 2·artanh(q) of q = e / (2 + e) ≤ 1/3, by a minimax polynomial in q².
+H1_DEVICE float softplus_of(float x) {
+    float e = exp2_fast(-LOG2_E * fabsf(x)), q = __fdividef(e, 2.0f + e), q2 = q * q;
+    float series = fmaf(fmaf(fmaf(fmaf(0.13433774f, q2, 0.14116978f), q2, 0.20003835f), q2, 0.3333332f), q2, 1.0f);
+    return fmaf(2.0f * q, series, fmaxf(x, 0.0f));
 }
-H1_DEVICE float step_derivative(float raw, int softplus) { return softplus && raw <= 20.0f ? sigmoid_fast(raw) : 1.0f; }
 
 // `count` of `N` values of a row; the others are 0.
 template <int N, class T>
@@ -79,31 +84,81 @@ H1_DEVICE void store_pack(T* to, const float* values, int count) {
         if (i < count) to[i] = pack.values[i];
 }
 
-// B or C of up to STEPS tokens as they come, and into shared memory as [STEPS][PADDED] f32. Where a thread's share is a
-// few neighbouring states of one token it is loaded ahead of its use.
-template <class T>
-struct Projection {
-    static constexpr int SHARE = STEPS * PADDED / THREADS;
-    static constexpr bool AHEAD = D_STATE == PADDED && SHARE <= 8 && (SHARE & (SHARE - 1)) == 0 && PADDED % SHARE == 0;
-    Pack<T, AHEAD ? SHARE : 1> mine;
+// A thread's values at neighbouring places of shared memory, loaded at once.
+template <int N>
+struct alignas(N % 4 == 0 ? 16 : N % 2 == 0 ? 8 : 4) Together {
+    float values[N];
+};
+template <int N>
+H1_DEVICE Together<N>& together(float* place) {
+    return *reinterpret_cast<Together<N>*>(place);
+}
 
-    H1_DEVICE void fetch(Rows<const T> rows, long long first, int count) {
-        int i = threadIdx.x * SHARE, t = i / PADDED;
-        if (AHEAD) mine = load_pack<AHEAD ? SHARE : 1>(rows.row(first + t) + i % PADDED, t < count ? SHARE : 0);
-    }
-
-    H1_DEVICE void put(float* shared, Rows<const T> rows, long long first, int count) const {
-        if constexpr (AHEAD) {
+// Starts to copy `columns` neighbouring values of `count` rows from `first` on into shared memory as [STEPS][COLUMNS],
+// with zeros past them.
+template <int COLUMNS, class T>
+H1_DEVICE void fetch_rows(T* to, Rows<const T> rows, long long first, int count, int columns) {
+    constexpr int SHARE = 16 / sizeof(T);
+    if constexpr (VECTOR && COLUMNS % SHARE == 0) {
 #pragma unroll
-            for (int i = 0; i < SHARE; ++i) shared[threadIdx.x * SHARE + i] = load(&mine.values[i]);
-        } else {
-            for (int i = threadIdx.x; i < STEPS * PADDED; i += THREADS) {
-                int t = i / PADDED, n = i % PADDED;
-                shared[i] = t < count && n < D_STATE ? load(rows.row(first + t) + n) : 0.0f;
-            }
+        for (int i = 0; i < (STEPS * COLUMNS / SHARE + THREADS - 1) / THREADS; ++i) {
+            int at = (i * THREADS + threadIdx.x) * SHARE, t = at / COLUMNS;
+            if (STEPS * COLUMNS / SHARE % THREADS == 0 || at < STEPS * COLUMNS)
+                copy_async(shared_address(to + at), rows.row(first + min(t, count - 1)) + at % COLUMNS, t < count);
+        }
+    } else {
+        for (int i = threadIdx.x; i < STEPS * COLUMNS; i += THREADS) {
+            int t = i / COLUMNS, col = i % COLUMNS;
+            to[i] = t < count && col < columns ? rows.row(first + t)[col] : T{};
         }
     }
-};
+}
+
+// B or C of STEPS tokens from [STEPS][D_STATE] to [STEPS][PADDED] f32.
+template <class T>
+H1_DEVICE void widen(float* to, const T* from) {
+    constexpr int SHARE = STEPS * PADDED / THREADS;
+    if constexpr (D_STATE == PADDED && SHARE % 4 == 0 && SHARE * sizeof(T) % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < SHARE; i += 16 / sizeof(T)) {
+            int at = (i * THREADS + threadIdx.x * (16 / sizeof(T)));
+            alignas(16) T values[16 / sizeof(T)];
+            *reinterpret_cast<Together<4>*>(values) = *reinterpret_cast<const Together<4>*>(from + at);
+#pragma unroll
+            for (int j = 0; j < int(16 / sizeof(T)); j += 4) {
+                Together<4> wide = {load(values + j), load(values + j + 1), load(values + j + 2), load(values + j + 3)};
+                *reinterpret_cast<Together<4>*>(to + at + j) = wide;
+            }
+        }
+    } else {
+        for (int i = threadIdx.x; i < STEPS * PADDED; i += THREADS) {
+            int t = i / PADDED, n = i % PADDED;
+            to[i] = n < D_STATE ? load(from + t * D_STATE + n) : 0.0f;
+        }
+    }
+}
+
+// Sums of each of N values over COUNT lanes that are DISTANCE apart: afterwards lane l of these has those of N / COUNT
+// values, value i·COUNT + l at place i; or, of fewer values than lanes, value l % N at place 0. Powers of two all.
+template <int COUNT, int DISTANCE, int N>
+H1_DEVICE void lane_sums(float (&values)[N], int lane) {
+    int left = N;
+#pragma unroll
+    for (int offset = 1; offset < COUNT; offset *= 2) {
+        if (left == 1) {
+            values[0] += __shfl_xor_sync(WHOLE_WARP, values[0], offset * DISTANCE);
+            continue;
+        }
+        left /= 2;
+        bool odd = lane & offset;
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            if (i >= left) break;
+            float given = odd ? values[2 * i] : values[2 * i + 1], kept = odd ? values[2 * i + 1] : values[2 * i];
+            values[i] = kept + __shfl_xor_sync(WHOLE_WARP, given, offset * DISTANCE);
+        }
+    }
+}
 
 // A lane's STATES values of a row of `[channels, D_STATE]`; 0 past the tile and D_STATE.
 H1_DEVICE void load_states(const float* row, int channel, int first, bool valid, float scale, float* to) {

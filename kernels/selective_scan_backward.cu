@@ -2,38 +2,36 @@
 // state runs backwards in time: h += g·C, then dC += g·s_t, w = h·e·s_{t−1}, dA += dt·w, ddt = Σ_m (A·w + h·B·u),
 // du = dt·Σ_m h·B + g·D, dB += dt·u·h, and it goes on as h·e. dz needs the ungated output, which is computed again.
 //
-// A block has one segment and one tile of channels (scan.cuh) and takes the chunks of SCAN_CHUNK tokens from the last to
-// the first. Of a chunk it loads everything into shared memory and runs from the saved state to leave the state before
-// every HELD tokens; then, from the last HELD tokens to the first, it keeps their states and decays in registers and
-// goes back through them. Sums over states are left as shares a lane in shared memory and added by the threads that
-// store; sums over channels go through shuffles and then over the block's warps, in order.
+// A block has one segment and one tile of channels (scan.cuh) and takes chunks of SCAN_CHUNK tokens from the last to the
+// first, with those before on their way into shared memory. It runs through a chunk from the saved state and leaves the
+// state before every token in shared memory; then it goes back, GROUP tokens in one stretch of code, so that all but
+// the steps of h can overlap. Sums over states go through the lanes of a channel; sums over channels through the lanes
+// of a warp, then over the block's warps, in order. At last the threads store what they know of their tokens.
 // dB and dC of a tile go where B and C are if the tile is the whole group, else to `partial_b`, `partial_c`,
 // [tokens][tiles][D_STATE], and dA, dD and the bias of a segment go to `partial_a`,
 // [segments][channels·D_STATE], and `partial_d`, [segments][2][channels], for scan_sums.cu.
 //
-// Shared memory: see scan_backward_shared_bytes in mixers/scan.rs. Macros: those of scan.cuh, T_DOUT, T_DU, T_DDELTA,
-// T_DP, HELD. Source: Gu and Dao, arXiv:2312.00752.
+// Shared memory: backward_shared_bytes in mixers/scan.rs, 75 KiB for D_STATE 16 and bf16. Macros: those of scan.cuh,
+// T_DOUT, T_DU, T_DDELTA, T_DP, GROUP (a power of two, at most STEPS). Source: Gu and Dao, arXiv:2312.00752.
 #include "scan.cuh"
 
 #define WARPS (THREADS / WARP)
-#define WARP_CHANNELS (WARP / LANES)
+// Sums over channels of a token and lane: dB and dC of its states, up to a power of two.
+#define SUMMED (STATES == 1 ? 2 : STATES == 2 ? 4 : STATES <= 4 ? 8 : 16)
+#define KEPT (SUMMED / WARP_CHANNELS > 0 ? SUMMED / WARP_CHANNELS : 1)
+// Neighbouring states of dB and dC that a thread stores.
+#define SHARE (D_STATE % 4 == 0 ? 4 : 1)
 
-struct Step {
-    float dt, input;
+struct alignas(16) Step {
+    float dt, input, gradient, unused;
 };
 
-// What the threads that load know of a token and channel, and the results that take its place.
-struct Token {
-    float u, gradient, raw, gate;
+struct Stage {
+    T_U u[STEPS * TILE];
+    T_DELTA delta[STEPS * TILE];
+    T_DOUT dout[STEPS * TILE];
+    T_P z[STEPS * TILE], b[STEPS * D_STATE], c[STEPS * D_STATE];
 };
-
-// The sum of each of STATES values over the channels of a warp, in every lane.
-H1_DEVICE void channel_sums(float* values) {
-#pragma unroll
-    for (int offset = LANES; offset < WARP; offset *= 2)
-#pragma unroll
-        for (int s = 0; s < STATES; ++s) values[s] += __shfl_xor_sync(WHOLE_WARP, values[s], offset);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     selective_scan_backward(SCAN_INPUTS, Rows<const float> saved, long long saved_rows, Rows<const T_DOUT> dout,
@@ -42,21 +40,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             float* partial_c, float* partial_a, float* partial_d, int channels,
                             Rows<float> dstate_in, long long slots_out) {
     H1_DYNAMIC_SHARED(shared);
-    Step* steps = reinterpret_cast<Step*>(shared);
-    float* gradients = reinterpret_cast<float*>(steps + SCAN_CHUNK * TILE);
-    float* shared_b = gradients + SCAN_CHUNK * TILE;
-    float* shared_c = shared_b + SCAN_CHUNK * PADDED;
-    float* starts = shared_c + SCAN_CHUNK * PADDED;
-    float* shares = starts + SCAN_CHUNK / HELD * STATES * THREADS;
-    float* sums = shares + 3 * HELD * THREADS;
+    Stage* stages = reinterpret_cast<Stage*>(shared);
+    Step* steps = reinterpret_cast<Step*>(stages + STAGES);
+    float* shared_b = reinterpret_cast<float*>(steps + STEPS * STEP_ROW);
+    float* shared_c = shared_b + STEPS * PADDED;
+    float* states = shared_c + STEPS * PADDED;                   // [STEPS][THREADS][STATES]
+    float* by_states = states + STEPS * THREADS * STATES;        // [3][STEPS][SUM_ROW]
+    float* by_channels = by_states + 3 * STEPS * SUM_ROW;        // [2][WARPS][GROUP][2][PADDED]
 
     Segment segment = segments[blockIdx.y];
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
     Tile tile(blockIdx.x, run, per_b, per_c);
     b.data += tile.b;
     c.data += tile.c;
-    int lane = threadIdx.x % LANES, in_tile = threadIdx.x / LANES, channel = tile.channel + in_tile;
-    int warp = threadIdx.x / WARP;
+    u.data += tile.channel;
+    delta.data += tile.channel;
+    dout.data += tile.channel;
+    if (z.data) z.data += tile.channel;
+    int warp = threadIdx.x / WARP, in_warp = threadIdx.x % WARP_CHANNELS, lane = threadIdx.x % WARP / WARP_CHANNELS;
+    int in_tile = warp * WARP_CHANNELS + in_warp, channel = tile.channel + in_tile;
     bool valid = in_tile < tile.channels;
     float decay[STATES], h[STATES], da[STATES] = {};
 #pragma unroll
@@ -66,169 +68,204 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     bool ends = dstate_out.data && segment.slot < dstate_slots;
     load_states(dstate_out.row(ends ? segment.slot : 0), channel, lane * STATES, valid && ends, 1.0f, h);
-    float dd[OWN] = {}, dbias[OWN] = {};
+
+    // The channels and the token of each STEPS that this thread prepares and stores.
     int own = threadIdx.x * OWN % TILE, own_step = threadIdx.x * OWN / TILE;
     int own_channel = tile.channel + own, own_count = max(0, min(OWN, tile.channels - own));
-
-    for (long long chunk = (segment.len - 1) / SCAN_CHUNK; chunk >= 0; --chunk) {
-        long long first = segment.start + chunk * SCAN_CHUNK;
-        int rows = min((long long)SCAN_CHUNK, segment.len - chunk * SCAN_CHUNK);
-        Token known[SCAN_CHUNK / STEPS][OWN];
-        __syncthreads();
+    float skip[OWN], bias[OWN], dd[OWN] = {}, dbias[OWN] = {};
 #pragma unroll
-        for (int part = 0; part < SCAN_CHUNK / STEPS; ++part) {
-            int step = part * STEPS + own_step, count = step < rows ? own_count : 0;
-            long long t = first + step;
-            Pack<T_U, OWN> pack_u = load_pack<OWN>(u.row(t) + own_channel, count);
-            Pack<T_DELTA, OWN> pack_delta = load_pack<OWN>(delta.row(t) + own_channel, count);
-            Pack<T_DOUT, OWN> pack_dout = load_pack<OWN>(dout.row(t) + own_channel, count);
-            Pack<T_P, OWN> pack_z = {};
-            if (z.data) pack_z = load_pack<OWN>(z.row(t) + own_channel, count);
+    for (int i = 0; i < OWN; ++i) {
+        skip[i] = d && i < own_count ? d[own_channel + i] : 0.0f;
+        bias[i] = delta_bias && i < own_count ? delta_bias[own_channel + i] : 0.0f;
+    }
+    auto fetch = [&](long long chunk, Stage& stage) {
+        if (chunk >= 0) {
+            long long first = segment.start + chunk * STEPS;
+            int rows = min((long long)STEPS, segment.len - chunk * STEPS);
+            fetch_rows<TILE>(stage.u, u, first, rows, tile.channels);
+            fetch_rows<TILE>(stage.delta, delta, first, rows, tile.channels);
+            fetch_rows<TILE>(stage.dout, dout, first, rows, tile.channels);
+            if (z.data) fetch_rows<TILE>(stage.z, z, first, rows, tile.channels);
+            fetch_rows<D_STATE>(stage.b, b, first, rows, D_STATE);
+            fetch_rows<D_STATE>(stage.c, c, first, rows, D_STATE);
+        }
+        commit_copies();
+    };
+    long long saved_first = segment.start / SCAN_CHUNK + blockIdx.y;
+    auto load_saved = [&](long long chunk, float* to) {
+        bool there = chunk >= 0 && saved_first + chunk < saved_rows;
+        load_states(saved.row(there ? saved_first + chunk : 0), channel, lane * STATES, valid && there, 1.0f, to);
+    };
+    long long last_chunk = (segment.len - 1) / STEPS;
+    float state[STATES], next_state[STATES];
+    load_saved(last_chunk, next_state);
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i) fetch(last_chunk - i, stages[i]);
+    wait_copies<STAGES - 1>();
+    __syncthreads();
+    int at_stage = 0;
+    for (long long chunk = last_chunk; chunk >= 0; --chunk) {
+        long long first = segment.start + chunk * STEPS;
+        int rows = min((long long)STEPS, segment.len - chunk * STEPS), last = (rows - 1) / GROUP * GROUP;
+        Stage& stage = stages[at_stage];
+        at_stage = at_stage + 1 == STAGES ? 0 : at_stage + 1;
+        int mine = own_step * TILE + own;
+        {
+            Pack<T_U, OWN> own_u = load_pack<OWN>(stage.u + mine, OWN);
+            Pack<T_DELTA, OWN> own_delta = load_pack<OWN>(stage.delta + mine, OWN);
+            Pack<T_DOUT, OWN> own_dout = load_pack<OWN>(stage.dout + mine, OWN);
+            Pack<T_P, OWN> own_z = load_pack<OWN>(stage.z + mine, z.data ? OWN : 0);
+            float dt[OWN], gradient[OWN];
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                bool inside = i < count;
-                Token& token = known[part][i];
-                token.u = load(&pack_u.values[i]);
-                token.gradient = load(&pack_dout.values[i]);
-                token.gate = load(&pack_z.values[i]);
-                token.raw = load(&pack_delta.values[i]) + (delta_bias && inside ? delta_bias[own_channel + i] : 0.0f);
-                float dt = inside ? step_size(token.raw, softplus) : 0.0f;
-                steps[step * TILE + own + i] = {dt, dt * token.u};
-                gradients[step * TILE + own + i] = z.data ? token.gradient * token.gate * sigmoid_fast(token.gate) : token.gradient;
+                dt[i] = load(&own_delta.values[i]) + bias[i];
+                gradient[i] = load(&own_dout.values[i]);
             }
-            Projection<T_P> next_b, next_c;
-            int left = max(0, rows - part * STEPS);
-            next_b.fetch(b, first + part * STEPS, left);
-            next_c.fetch(c, first + part * STEPS, left);
-            next_b.put(shared_b + part * STEPS * PADDED, b, first + part * STEPS, left);
-            next_c.put(shared_c + part * STEPS * PADDED, c, first + part * STEPS, left);
+            if (softplus) {
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) dt[i] = softplus_of(dt[i]);
+            }
+            if (z.data) {
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) {
+                    float gate = load(&own_z.values[i]);
+                    gradient[i] *= gate * sigmoid(gate);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                // A token past the end changes nothing.
+                if (own_step >= rows) dt[i] = 0.0f;
+                steps[own_step * STEP_ROW + own + i] = {dt[i], dt[i] * load(&own_u.values[i]), gradient[i], 0.0f};
+            }
         }
-        float state[STATES];
-        long long row = segment.start / SCAN_CHUNK + blockIdx.y + chunk;
-        load_states(saved.row(row < saved_rows ? row : 0), channel, lane * STATES, valid && row < saved_rows, 1.0f, state);
+        widen(shared_b, stage.b);
+        widen(shared_c, stage.c);
+#pragma unroll
+        for (int s = 0; s < STATES; ++s) state[s] = next_state[s];
+        load_saved(chunk - 1, next_state);
         __syncthreads();
 
-        // The states before every HELD tokens.
-        int last = (rows - 1) / HELD;
-        for (int held = 0; held <= last; ++held) {
+#pragma unroll 1
+        for (int group = 0; group <= last; group += GROUP) {
+            Together<STATES> before[GROUP];
 #pragma unroll
-            for (int s = 0; s < STATES; ++s) starts[(held * STATES + s) * THREADS + threadIdx.x] = state[s];
-            if (held == last) break;
+            for (int i = 0; i < GROUP; ++i) {
+                int t = group + i;
+                Step step = steps[t * STEP_ROW + in_tile];
+                Together<STATES> by_b = together<STATES>(shared_b + t * PADDED + lane * STATES);
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                int t = held * HELD + i;
-                Step step = steps[t * TILE + in_tile];
-#pragma unroll
-                for (int s = 0; s < STATES; ++s)
-                    state[s] = fmaf(exp2_fast(step.dt * decay[s]), state[s],
-                                    step.input * shared_b[t * PADDED + lane * STATES + s]);
+                for (int s = 0; s < STATES; ++s) {
+                    before[i].values[s] = state[s];
+                    state[s] = fmaf(exp2_fast(step.dt * decay[s]), state[s], step.input * by_b.values[s]);
+                }
             }
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i)
+                together<STATES>(states + ((group + i) * THREADS + threadIdx.x) * STATES) = before[i];
         }
-        for (int held = last; held >= 0; --held) {
-            float before[HELD][STATES], decays[HELD][STATES], after[STATES];
+#pragma unroll 1
+        for (int group = last; group >= 0; group -= GROUP) {
+            float y[GROUP], by_decay[GROUP], by_input[GROUP], kept[GROUP][KEPT];
 #pragma unroll
-            for (int s = 0; s < STATES; ++s) after[s] = starts[(held * STATES + s) * THREADS + threadIdx.x];
-#pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                int t = held * HELD + i;
-                Step step = steps[t * TILE + in_tile];
-#pragma unroll
-                for (int s = 0; s < STATES; ++s) {
-                    before[i][s] = after[s];
-                    decays[i][s] = exp2_fast(step.dt * decay[s]);
-                    after[s] = fmaf(decays[i][s], after[s], step.input * shared_b[t * PADDED + lane * STATES + s]);
-                }
-            }
-#pragma unroll
-            for (int i = HELD - 1; i >= 0; --i) {
-                int t = held * HELD + i;
-                Step step = steps[t * TILE + in_tile];
-                float gradient = gradients[t * TILE + in_tile];
-                float y = 0.0f, by_decay = 0.0f, by_input = 0.0f, db_share[STATES], dc_share[STATES];
+            for (int i = GROUP - 1; i >= 0; --i) {
+                int t = group + i;
+                Step step = steps[t * STEP_ROW + in_tile];
+                Together<STATES> by_b = together<STATES>(shared_b + t * PADDED + lane * STATES);
+                Together<STATES> by_c = together<STATES>(shared_c + t * PADDED + lane * STATES);
+                Together<STATES> before = together<STATES>(states + (t * THREADS + threadIdx.x) * STATES);
+                float shares[SUMMED] = {};
+                y[i] = by_decay[i] = by_input[i] = 0.0f;
 #pragma unroll
                 for (int s = 0; s < STATES; ++s) {
-                    int n = t * PADDED + lane * STATES + s;
-                    float by_c = shared_c[n];
-                    h[s] = fmaf(gradient, by_c, h[s]);
-                    y = fmaf(after[s], by_c, y);
-                    dc_share[s] = gradient * after[s];
-                    db_share[s] = step.input * h[s];
-                    by_input = fmaf(h[s], shared_b[n], by_input);
-                    h[s] *= decays[i][s];
-                    float w = h[s] * before[i][s];
+                    h[s] = fmaf(step.gradient, by_c.values[s], h[s]);
+                    y[i] = fmaf(state[s], by_c.values[s], y[i]);
+                    shares[s] = step.input * h[s];
+                    shares[STATES + s] = step.gradient * state[s];
+                    by_input[i] = fmaf(h[s], by_b.values[s], by_input[i]);
+                    h[s] *= exp2_fast(step.dt * decay[s]);
+                    float w = h[s] * before.values[s];
                     da[s] = fmaf(step.dt, w, da[s]);
-                    by_decay = fmaf(decay[s], w, by_decay);
-                    after[s] = before[i][s];
+                    by_decay[i] = fmaf(decay[s], w, by_decay[i]);
+                    state[s] = before.values[s];
                 }
-                shares[(0 * HELD + i) * THREADS + threadIdx.x] = y;
-                shares[(1 * HELD + i) * THREADS + threadIdx.x] = by_decay;
-                shares[(2 * HELD + i) * THREADS + threadIdx.x] = by_input;
-                channel_sums(db_share);
-                channel_sums(dc_share);
-                if (threadIdx.x % WARP < LANES) {
-                    float* to = sums + (warp * HELD + i) * 2 * PADDED + lane * STATES;
+                lane_sums<WARP_CHANNELS, 1>(shares, in_warp);
 #pragma unroll
-                    for (int s = 0; s < STATES; ++s) {
-                        to[s] = db_share[s];
-                        to[PADDED + s] = dc_share[s];
-                    }
-                }
+                for (int k = 0; k < KEPT; ++k) kept[i][k] = shares[k];
+            }
+            lane_sums<LANES, WARP_CHANNELS>(y, lane);
+            lane_sums<LANES, WARP_CHANNELS>(by_decay, lane);
+            lane_sums<LANES, WARP_CHANNELS>(by_input, lane);
+#pragma unroll
+            for (int i = 0; i < GROUP; i += LANES) {
+                if (lane >= GROUP) continue;
+                float* to = by_states + (group + i + lane) * SUM_ROW + in_tile;
+                to[0] = y[i / LANES];
+                to[STEPS * SUM_ROW] = by_decay[i / LANES];
+                to[2 * STEPS * SUM_ROW] = by_input[i / LANES];
+            }
+            float* sums = by_channels + group / GROUP % 2 * WARPS * GROUP * 2 * PADDED;
+#pragma unroll
+            for (int k = 0; k < KEPT; ++k) {
+                int value = k * WARP_CHANNELS + in_warp, at = value / STATES * PADDED + lane * STATES + value % STATES;
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i)
+                    if (value < 2 * STATES) sums[(warp * GROUP + i) * 2 * PADDED + at] = kept[i][k];
             }
             __syncthreads();
-            // Results take the places of what they were made from.
-            for (int i = threadIdx.x; i < HELD * TILE; i += THREADS) {
-                float total[3] = {};
-#pragma unroll
-                for (int k = 0; k < 3; ++k)
-#pragma unroll
-                    for (int l = 0; l < LANES; ++l)
-                        total[k] += shares[(k * HELD + i / TILE) * THREADS + i % TILE * LANES + l];
-                int at = held * HELD * TILE + i;
-                gradients[at] = total[0];
-                steps[at] = {LN_2 * total[1], total[2]};
-            }
-            for (int i = threadIdx.x; i < HELD * 2 * PADDED; i += THREADS) {
-                int t = held * HELD + i / (2 * PADDED), n = i % PADDED;
+            for (int i = threadIdx.x * SHARE; i < GROUP * 2 * PADDED; i += THREADS * SHARE) {
+                int t = group + i / (2 * PADDED), n = i % PADDED;
                 bool of_c = i / PADDED % 2 != 0;
-                float total = 0.0f;
+                Together<SHARE> total = together<SHARE>(sums + i);
 #pragma unroll
-                for (int w = 0; w < WARPS; ++w) total += sums[w * HELD * 2 * PADDED + i];
+                for (int w = 1; w < WARPS; ++w) {
+                    Together<SHARE> more = together<SHARE>(sums + w * GROUP * 2 * PADDED + i);
+#pragma unroll
+                    for (int k = 0; k < SHARE; ++k) total.values[k] += more.values[k];
+                }
                 if (t >= rows || n >= D_STATE) continue;
                 float* partial = of_c ? partial_c : partial_b;
                 Rows<T_DP> whole = of_c ? dc : db;
                 if (partial) {
-                    partial[((first + t) * gridDim.x + blockIdx.x) * D_STATE + n] = total;
+                    store_pack<SHARE>(partial + ((first + t) * gridDim.x + blockIdx.x) * D_STATE + n, total.values, SHARE);
                 } else {
-                    store(whole.row(first + t) + (of_c ? tile.c : tile.b) + n, total);
+                    store_pack<SHARE>(whole.row(first + t) + (of_c ? tile.c : tile.b) + n, total.values, SHARE);
                 }
             }
-            __syncthreads();
         }
-#pragma unroll
-        for (int part = 0; part < SCAN_CHUNK / STEPS; ++part) {
-            int step = part * STEPS + own_step;
+
+        if (own_step < rows) {
+            Pack<T_U, OWN> own_u = load_pack<OWN>(stage.u + mine, OWN);
+            Pack<T_DELTA, OWN> own_delta = load_pack<OWN>(stage.delta + mine, OWN);
+            Pack<T_DOUT, OWN> own_dout = load_pack<OWN>(stage.dout + mine, OWN);
+            Pack<T_P, OWN> own_z = load_pack<OWN>(stage.z + mine, z.data ? OWN : 0);
             float du_own[OWN], ddelta_own[OWN], dz_own[OWN];
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
-                bool inside = i < own_count && step < rows;
-                Token token = known[part][i];
-                int at = step * TILE + own + i;
-                float skip = d && inside ? d[own_channel + i] : 0.0f;
-                float dt = step_size(token.raw, softplus), y = fmaf(skip, token.u, gradients[at]);
-                float s = sigmoid_fast(token.gate);
-                float g = z.data ? token.gradient * token.gate * s : token.gradient;
-                dz_own[i] = token.gradient * y * s * (1.0f + token.gate * (1.0f - s));
-                du_own[i] = fmaf(dt, steps[at].input, g * skip);
-                ddelta_own[i] = fmaf(token.u, steps[at].input, steps[at].dt) * step_derivative(token.raw, softplus);
-                dd[i] += inside ? g * token.u : 0.0f;
-                dbias[i] += inside ? ddelta_own[i] : 0.0f;
+                float u_value = load(&own_u.values[i]), gate = load(&own_z.values[i]), s = sigmoid(gate);
+                Step step = steps[own_step * STEP_ROW + own + i];
+                const float* sums = by_states + own_step * SUM_ROW + own + i;
+                float y = fmaf(skip[i], u_value, sums[0]), by_input = sums[2 * STEPS * SUM_ROW];
+                dz_own[i] = load(&own_dout.values[i]) * y * s * (1.0f + gate * (1.0f - s));
+                du_own[i] = fmaf(step.dt, by_input, step.gradient * skip[i]);
+                ddelta_own[i] = fmaf(u_value, by_input, LN_2 * sums[STEPS * SUM_ROW]);
+                dd[i] = fmaf(step.gradient, u_value, dd[i]);
             }
-            if (step >= rows) continue;
-            long long t = first + step;
+            if (softplus) {
+#pragma unroll
+                for (int i = 0; i < OWN; ++i) ddelta_own[i] *= sigmoid(load(&own_delta.values[i]) + bias[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) dbias[i] += ddelta_own[i];
+            long long t = first + own_step;
             store_pack<OWN>(du.row(t) + own_channel, du_own, own_count);
             store_pack<OWN>(ddelta.row(t) + own_channel, ddelta_own, own_count);
             if (z.data) store_pack<OWN>(dz.row(t) + own_channel, dz_own, own_count);
         }
+        __syncthreads();
+        fetch(chunk - STAGES, stage);
+        wait_copies<STAGES - 1>();
+        __syncthreads();
     }
     if (dstate_in.data && segment.slot < slots_out) {
 #pragma unroll
@@ -237,16 +274,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     store_states(partial_a + blockIdx.y * (long long)channels * D_STATE, channel, lane * STATES, valid, da);
     // The channels' sums over tokens: a thread a token of STEPS and OWN channels, added in the order of the tokens.
-    __syncthreads();
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
-        shares[(own_step * TILE + own + i) * 2] = dd[i];
-        shares[(own_step * TILE + own + i) * 2 + 1] = dbias[i];
+        by_states[(own_step * TILE + own + i) * 2] = dd[i];
+        by_states[(own_step * TILE + own + i) * 2 + 1] = dbias[i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 2 * tile.channels; i += THREADS) {
         float total = 0.0f;
-        for (int step = 0; step < STEPS; ++step) total += shares[(step * TILE + i / 2) * 2 + i % 2];
+        for (int step = 0; step < STEPS; ++step) total += by_states[(step * TILE + i / 2) * 2 + i % 2];
         partial_d[(blockIdx.y * 2 + i % 2) * (long long)channels + tile.channel + i / 2] = total;
     }
 }

@@ -45,7 +45,7 @@ fn difference(expected: &[f32], found: &[f32]) -> f32 {
 
 /// Logits of each row of `ids`, `[rows, length, vocabulary]`.
 fn logits(model: &Model, ids: &[u32], length: usize) -> Vec<f32> {
-    let mut activations = Activations::new(model, Keep::Nothing, DType::F32, ids.len(), ids.len()).unwrap();
+    let mut activations = Activations::new(model, Keep::Nothing, ids.len(), ids.len()).unwrap();
     let segments = Segments::documents(vec![length; ids.len() / length]).unwrap();
     model.forward(&mut activations, ids, &segments, None, None).unwrap();
     head(model, &activations, ids.len())
@@ -123,7 +123,7 @@ fn gradients_of_qwen2_are_those_of_torch() {
     for device in devices() {
         let model = Checkpoint::open(&here("qwen2")).unwrap().load(&device, DType::F32).unwrap();
         for keep in [Keep::Inputs, Keep::Everything] {
-            let mut activations = Activations::new(&model, keep, DType::F32, tokens, 2).unwrap();
+            let mut activations = Activations::new(&model, keep, tokens, 2).unwrap();
             let gradients = Gradients::new(&device, model.weights().table(), |_| true).unwrap();
             let head = LossHead::new(&model, None, rows.len(), false).unwrap();
             let segments = Segments::documents([length, length]).unwrap();
@@ -147,8 +147,8 @@ fn qwen2_decodes_to_the_bits_of_its_prefill() {
     let model = Checkpoint::open(&here("qwen2.gguf")).unwrap().load(&device, DType::F32).unwrap();
     let ids: Vec<u32> = (0..20).map(|i| i * 7 % 48).collect();
     let whole = logits(&model, &ids, ids.len());
-    let mut cache = Cache::new(&device, model.config(), DType::F32, 1, ids.len(), ids.len()).unwrap();
-    let mut activations = Activations::new(&model, Keep::Nothing, DType::F32, 1, 1).unwrap();
+    let mut cache = Cache::new(&model, 1, ids.len(), ids.len()).unwrap();
+    let mut activations = Activations::new(&model, Keep::Nothing, 1, 1).unwrap();
     for (past, id) in ids.iter().enumerate() {
         let mut segments = Segments::default();
         segments.push(1, past, 0).unwrap();

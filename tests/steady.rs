@@ -105,8 +105,8 @@ impl<'a> Decoder<'a> {
         let column = |dtype| Column::new(device, dtype, sequences).unwrap();
         Decoder {
             model,
-            activations: Activations::new(model, Keep::Nothing, DType::F32, tokens, sequences).unwrap(),
-            cache: Cache::new(device, model.config(), DType::F32, sequences, 512, sequences * 512).unwrap(),
+            activations: Activations::new(model, Keep::Nothing, tokens, sequences).unwrap(),
+            cache: Cache::new(model, sequences, 512, sequences * 512).unwrap(),
             norm: FinalNorm::new(model, sequences).unwrap(),
             logits: Logits::new(model, sequences).unwrap(),
             columns: [column(DType::F32), column(DType::F32)],
@@ -143,10 +143,9 @@ fn trainer(device: &Device, tokens: usize, recompute: bool) -> Trainer {
         },
         divisor: Divisor::Counted,
         recompute,
-        dtype: DType::F32,
         patience: 1,
     };
-    let teacher = Teacher::live(teacher, DType::F32);
+    let teacher = Teacher::live(teacher);
     Trainer::new(hybrid(device), Some(teacher), options, Room { tokens, segments: 1 }).unwrap()
 }
 

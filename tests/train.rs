@@ -93,13 +93,12 @@ fn options(trained: Trained) -> TrainerOptions {
         },
         divisor: Divisor::Counted,
         recompute: false,
-        dtype: DType::F32,
         patience: 2,
     }
 }
 
 fn trainer(device: &Device, options: TrainerOptions) -> Trainer {
-    let teacher = Teacher::live(Arc::new(model(device, "teacher-mistral", DType::F32)), DType::F32);
+    let teacher = Teacher::live(Arc::new(model(device, "teacher-mistral", DType::F32)));
     Trainer::new(model(device, "mil-student", DType::F32), Some(teacher), options, ROOM).unwrap()
 }
 
@@ -207,8 +206,8 @@ fn a_teacher_that_remembers_gives_the_bits_of_one_that_runs() {
         let counted = batches("train-all")[0].counted_tokens() as u64;
         let teacher = || Arc::new(model(&device, "teacher-mistral", DType::F32));
         let student = || model(&device, "mil-student", DType::F32);
-        let remembering = Teacher::remembering(teacher(), DType::F32, folder.path(), counted).unwrap();
-        let live = Teacher::live(teacher(), DType::F32);
+        let remembering = Teacher::remembering(teacher(), folder.path(), counted).unwrap();
+        let live = Teacher::live(teacher());
         let mut runs = [live, remembering].map(|teacher| {
             let mut trainer = Trainer::new(student(), Some(teacher), options(Trained::All), ROOM).unwrap();
             let first = trainer.step(&twice[0], 1e-3).unwrap();
@@ -227,7 +226,7 @@ fn a_teacher_that_remembers_gives_the_bits_of_one_that_runs() {
 fn a_teacher_is_refused_where_the_disk_is_too_small_for_it() {
     let teacher = Arc::new(model(&devices()[0], "teacher-mistral", DType::F32));
     let folder = tempfile::tempdir().unwrap();
-    let error = Teacher::remembering(teacher, DType::F32, folder.path(), 1 << 50).unwrap_err();
+    let error = Teacher::remembering(teacher, folder.path(), 1 << 50).unwrap_err();
     assert!(matches!(error, Error::DiskTooSmall { needed, .. } if needed == (1 << 50) * 48 * 4), "{error}");
 }
 
@@ -251,7 +250,7 @@ fn a_batch_of_more_segments_than_planned_is_the_same_step() {
     for device in devices() {
         let batch = &batches("train-all")[..1];
         let mut planned = trainer(&device, options(Trained::All));
-        let teacher = Teacher::live(Arc::new(model(&device, "teacher-mistral", DType::F32)), DType::F32);
+        let teacher = Teacher::live(Arc::new(model(&device, "teacher-mistral", DType::F32)));
         let room = Room { segments: 1, ..ROOM };
         let student = model(&device, "mil-student", DType::F32);
         let mut grown = Trainer::new(student, Some(teacher), options(Trained::All), room).unwrap();
@@ -288,7 +287,7 @@ fn an_update_that_is_not_finite_is_left_out_and_the_second_in_a_row_ends_the_run
 #[test]
 fn weights_in_less_than_f32_follow_masters_in_f32() {
     for device in devices() {
-        let teacher = Teacher::live(Arc::new(model(&device, "teacher-mistral", DType::F32)), DType::F32);
+        let teacher = Teacher::live(Arc::new(model(&device, "teacher-mistral", DType::F32)));
         let student = model(&device, "mil-student", DType::Bf16);
         let mut trainer = Trainer::new(student, Some(teacher), options(Trained::All), ROOM).unwrap();
         run(&mut trainer, &whole("train-all"));

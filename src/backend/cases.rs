@@ -1,6 +1,8 @@
 //! One list of cases that holds every backend to the reference: each op, forward and backward, at random sizes with the
 //! awkward ones in. A new op or variant is a line here; a new backend runs them all.
 //!
+//! Activations are drawn in f32 and in what the device stores them in beside the parameters.
+//!
 //! For each case (see `Trial::run`) outputs are poisoned first and lie inside wider buffers, inputs are surrounded by NaN,
 //! the device runs it twice, and every output is compared with that of the reference, which computes in f64.
 
@@ -126,19 +128,19 @@ pub const CASES: &[Case] = &[
     case("conv1d_backward", |t| mixers::conv1d_backward(t, 1, true)),
     case("conv1d_backward after a repeat", |t| mixers::conv1d_backward(t, 3, true)),
     case("conv1d_backward before a repeat", |t| mixers::conv1d_backward(t, 3, false)),
-    case("neg_exp", mixers::neg_exp),
-    case("neg_exp_backward", mixers::neg_exp_backward),
+    case("neg_exp", |t| t.in_f32(mixers::neg_exp)),
+    case("neg_exp_backward", |t| t.in_f32(mixers::neg_exp_backward)),
     case("selective_scan", |t| mixers::selective_scan(t, 16)),
     case("selective_scan of any d_state", |t| mixers::selective_scan(t, 0)),
     case("selective_scan_backward", |t| mixers::selective_scan_backward(t, 16)),
     case("selective_scan_backward of any d_state", |t| mixers::selective_scan_backward(t, 0)),
-    case("head_loss", |t| losses::head_loss(t, true)),
-    case("head_loss without a teacher", |t| losses::head_loss(t, false)),
-    case("head_loss_gradient", |t| losses::head_loss_gradient(t, true, true)),
-    case("head_loss_gradient without a teacher", |t| losses::head_loss_gradient(t, false, true)),
-    case("head_loss_gradient, losses alone", |t| losses::head_loss_gradient(t, true, false)),
-    case("argmax", losses::argmax),
-    case("sample", losses::sample),
+    case("head_loss", |t| t.in_f32(|t| losses::head_loss(t, true))),
+    case("head_loss without a teacher", |t| t.in_f32(|t| losses::head_loss(t, false))),
+    case("head_loss_gradient", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, true))),
+    case("head_loss_gradient without a teacher", |t| t.in_f32(|t| losses::head_loss_gradient(t, false, true))),
+    case("head_loss_gradient, losses alone", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, false))),
+    case("argmax", |t| t.in_f32(losses::argmax)),
+    case("sample", |t| t.in_f32(losses::sample)),
     case("gather", memory::gather),
     case("scatter_add", memory::scatter_add),
     case("copy", memory::copy),
@@ -146,12 +148,12 @@ pub const CASES: &[Case] = &[
     case("copy of ids", memory::copy_ids),
     case("fill", memory::fill),
     case("scale", memory::scale),
-    case("weighted_sum", memory::weighted_sum),
-    case("squared_norm", memory::squared_norm),
-    case("clip_factor", memory::clip_factor),
-    case("adamw", |t| memory::adamw(t, None)),
-    case("adamw with a stored copy", |t| memory::adamw(t, Some(t.parameters()))),
-    case("adamw of a step that is not finite", memory::adamw_skips),
+    case("weighted_sum", |t| t.in_f32(memory::weighted_sum)),
+    case("squared_norm", |t| t.in_f32(memory::squared_norm)),
+    case("clip_factor", |t| t.in_f32(memory::clip_factor)),
+    case("adamw", |t| t.in_f32(|t| memory::adamw(t, None))),
+    case("adamw with a stored copy", |t| t.in_f32(|t| memory::adamw(t, Some(t.parameters())))),
+    case("adamw of a step that is not finite", |t| t.in_f32(memory::adamw_skips)),
 ];
 
 /// The dtypes in which a device stores parameters, of those that every reader can be given exactly.

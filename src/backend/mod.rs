@@ -35,12 +35,22 @@ pub struct BackendInfo {
     pub name: &'static str,
     /// The device as a person knows it.
     pub device: String,
-    /// The dtypes in which it stores activations and weights.
+    /// The dtypes that it stores.
     pub dtypes: Vec<DType>,
+    /// Those of them in which its ops take activations as fast as they can; f32 is among them.
+    pub activations: Vec<DType>,
     /// Tokens between two states that the scan saves for its backward.
     pub scan_chunk: usize,
     /// Whether a token's logits are the same bits however its sequence is cut into calls and whatever shares them.
     pub batch_invariant: bool,
+}
+
+impl BackendInfo {
+    /// How activations are stored beside weights in `weights`: residual stream, keys and values too. Logits, losses, states
+    /// and what the optimiser keeps are f32 whatever the weights are.
+    pub fn activations_beside(&self, weights: DType) -> DType {
+        if self.activations.contains(&weights) { weights } else { DType::F32 }
+    }
 }
 
 /// The largest sizes that calls will have; a backend reserves its scratch for them.

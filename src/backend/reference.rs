@@ -34,6 +34,7 @@ impl Reference {
             name: "reference",
             device: "plain formulas in f64".into(),
             dtypes: vec![DType::F32, DType::Bf16, DType::F16, DType::F64],
+            activations: vec![DType::F32],
             // Backward starts from the segment's first state.
             scan_chunk: usize::MAX,
             batch_invariant: false,

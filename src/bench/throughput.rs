@@ -84,7 +84,7 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
         prefill_tokens_per_second: (batch * prompt) as f64 / prefill,
         decode_tokens_per_second: decoded.then(|| 1.0 / decode),
         share_of_memory: decoded.then(|| limits.floor(0.0, read) / (decode * batch as f64)),
-        cache_bytes: config.cache_bytes(context, 4),
+        cache_bytes: config.cache_bytes(context, model.activations().size()),
         weight_bytes: model.weights().bytes(),
         peak_bytes: model.device().take_peak_bytes(),
     })
@@ -119,5 +119,5 @@ fn bytes_read(model: &Model, batch: usize, context: usize) -> f64 {
     let config = model.config();
     let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
     let size = model.weights().bytes() as f64 / config.parameter_count() as f64;
-    (config.parameter_count() as f64 - embedding as f64) * size + (batch as u64 * config.cache_bytes(context, 4)) as f64
+    (config.parameter_count() as f64 - embedding as f64) * size + (batch as u64 * config.cache_bytes(context, model.activations().size())) as f64
 }

@@ -40,6 +40,8 @@ pub struct Step {
     pub steps: usize,
     /// Threads of the matrix product.
     pub threads: usize,
+    /// How weights are stored.
+    pub dtype: DType,
 }
 
 /// What came out; the step is the best one.
@@ -83,6 +85,7 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
     }
     device.take_peak_bytes();
     let mut trainer = trainer(device, config, step)?;
+    trainer.time_parts();
     let batch = [batch(config.vocab_size, step.tokens)];
     let mut gemm = Gemm::new(GEMM, step.threads)?;
     let (mut seconds, mut parts, mut gemm_gflops) = (f64::INFINITY, PartSeconds::default(), 0.0_f64);
@@ -118,8 +121,8 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
 }
 
 fn trainer(device: &Device, config: &ModelConfig, step: Step) -> Result<Trainer> {
-    let teacher = random_model(device, config, 0, DType::F32)?;
-    let student = random_model(device, config, step.mamba, DType::F32)?;
+    let teacher = random_model(device, config, 0, step.dtype)?;
+    let student = random_model(device, config, step.mamba, step.dtype)?;
     let options = TrainerOptions {
         trained: Trained::All,
         optimizer: AdamWOptions::default(),
@@ -129,10 +132,9 @@ fn trainer(device: &Device, config: &ModelConfig, step: Step) -> Result<Trainer>
         },
         divisor: Divisor::Counted,
         recompute: step.recompute,
-        dtype: DType::F32,
         patience: PATIENCE,
     };
-    let teacher = Teacher::live(Arc::new(teacher), DType::F32);
+    let teacher = Teacher::live(Arc::new(teacher));
     Ok(Trainer::new(student, Some(teacher), options, Room { tokens: step.tokens, segments: 1 })?)
 }
 

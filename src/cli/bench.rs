@@ -70,7 +70,7 @@ struct ThroughputArguments {
     json: bool,
 }
 
-/// A step of distillation of a shape with random weights, in f32.
+/// A step of distillation of a shape with random weights.
 #[derive(clap::Args)]
 struct TrainArguments {
     /// arithmetic, smollm2-135m or apriel-15b.
@@ -252,6 +252,7 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
         recompute: arguments.recompute,
         steps: arguments.steps.get(),
         threads: arguments.device.threads(),
+        dtype: arguments.device.dtype(),
     };
     let bar = progress(step.steps + 1, "steps");
     let report = train::measure(&device, &config, step, || bar.inc(1))?;

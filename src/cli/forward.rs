@@ -43,7 +43,7 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let model = arguments.device.load(&device, &checkpoint)?;
     let config = model.config();
     let keep = if arguments.hidden { Keep::Inputs } else { Keep::Nothing };
-    let mut activations = Activations::new(&model, keep, DType::F32, length, 1)?;
+    let mut activations = Activations::new(&model, keep, length, 1)?;
     let (norm, head) = (FinalNorm::new(&model, length)?, Logits::new(&model, length)?);
     let (segments, all) = (Segments::documents([length])?, (0..length as u32).collect::<Vec<_>>());
 

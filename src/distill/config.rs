@@ -463,18 +463,17 @@ impl Config {
         }
     }
 
-    /// What a trainer does that trains these parameters, with activations in `dtype`.
+    /// What a trainer does that trains these parameters.
     ///
     /// # Errors
     /// When a number of the optimiser makes no sense.
-    pub fn trainer(&self, trained: Trained, dtype: DType) -> Result<TrainerOptions> {
+    pub fn trainer(&self, trained: Trained) -> Result<TrainerOptions> {
         Ok(TrainerOptions {
             trained,
             optimizer: self.optimizer.options()?,
             loss: self.loss_kind(),
             divisor: self.loss.divisor,
             recompute: self.recompute,
-            dtype,
             patience: self.optimizer.patience,
         })
     }

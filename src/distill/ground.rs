@@ -139,7 +139,7 @@ impl<'a> Ground<'a> {
     }
 
     fn mmr(&self, student: &Checkpoint, layers: &[usize], folder: &Path, watcher: &mut dyn Watcher) -> Result<Ranking> {
-        let (config, dtype) = (self.config, self.dtype);
+        let config = self.config;
         let mmr = config.importance.mmr;
         let mut batches = self.batches("batches of MMR")?;
         let room = room(&batches);
@@ -153,9 +153,9 @@ impl<'a> Ground<'a> {
         let rows = steps.iter().flatten().map(|batch| batch.counted_tokens() as u64).sum();
         watcher.hear(Event::TeacherKept { bytes: Teacher::bytes(&self.teacher, rows) });
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        let teacher = Teacher::remembering(Arc::clone(&self.teacher), dtype, folder, rows)?;
+        let teacher = Teacher::remembering(Arc::clone(&self.teacher), folder, rows)?;
         let options = Mmr {
-            trainer: config.trainer(config.optimizer.trained, dtype)?,
+            trainer: config.trainer(config.optimizer.trained)?,
             room,
             schedule: config.mmr_schedule()?,
             last: mmr.last,

@@ -239,8 +239,8 @@ impl<'a> Distillation<'a> {
             }
         };
         let mut batches = self.ground.batches(&format!("batches of stage {}", index + 1))?;
-        let options = config.trainer(config.trained_of(index), dtype)?;
-        let teacher = Teacher::live(Arc::clone(&self.ground.teacher), dtype);
+        let options = config.trainer(config.trained_of(index))?;
+        let teacher = Teacher::live(Arc::clone(&self.ground.teacher));
         let mut trainer = Trainer::new(model, Some(teacher), options, room(&batches))?;
         if let Some(Saved { folder, state, .. }) = saved {
             trainer.restore(&folder, state.progress)?;

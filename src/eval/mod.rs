@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::backend::ops::{LossWeights, Scaling};
-use crate::backend::{self, DType, Segments};
+use crate::backend::{self, Segments};
 use crate::model::{Activations, FinalNorm, Keep, LossHead, LossKind, Model, Skip, Targets};
 use crate::text::documents::Documents;
 use crate::text::packing::{Batch, PackingError, Rows};
@@ -77,7 +77,7 @@ impl<'a> Evaluator<'a> {
     /// # Errors
     /// When the device has no room, or the vocabularies differ.
     pub fn new(model: &'a Model, teacher: Option<&'a Model>, tokens: usize) -> Result<Self, Error> {
-        let room = |model| Activations::new(model, Keep::Nothing, DType::F32, tokens, tokens);
+        let room = |model| Activations::new(model, Keep::Nothing, tokens, tokens);
         Ok(Evaluator {
             model,
             activations: room(model)?,

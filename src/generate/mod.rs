@@ -121,7 +121,7 @@ struct Sequence {
 }
 
 impl<'a> Generator<'a> {
-    /// Memory for up to `limits.sequences` sequences; the cache in f32.
+    /// Memory for up to `limits.sequences` sequences.
     ///
     /// # Errors
     /// When the device has no room.
@@ -133,8 +133,8 @@ impl<'a> Generator<'a> {
         Ok(Generator {
             model,
             limits,
-            cache: Cache::new(device, model.config(), DType::F32, count, limits.context, tokens)?,
-            activations: Activations::new(model, Keep::Nothing, DType::F32, limits.call, count)?,
+            cache: Cache::new(model, count, limits.context, tokens)?,
+            activations: Activations::new(model, Keep::Nothing, limits.call, count)?,
             norm: FinalNorm::new(model, count)?,
             logits: Logits::new(model, count)?,
             temperatures: column(DType::F32)?,

@@ -283,7 +283,7 @@ fn kl(student: &Model, teacher: &Model, batch: &FitBatch) -> f32 {
     let (labels, weights) = (vec![u32::MAX; n], vec![1.0 / n as f32; n]);
     let output = |model: &Model| {
         let count = batch.segments.list().len();
-        let mut activations = Activations::new(model, Keep::Nothing, DType::F32, n, count).unwrap();
+        let mut activations = Activations::new(model, Keep::Nothing, n, count).unwrap();
         model.forward(&mut activations, &batch.ids, &batch.segments, None, None).unwrap();
         activations
     };

@@ -1,6 +1,7 @@
 //! What a sequence leaves behind for its next call: keys and values in pages, states of the Mamba layers.
 
 use super::config::{BlockKind, ModelConfig};
+use super::decoder::Model;
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Result, Segments, View};
 
 /// Tokens of a page.
@@ -57,18 +58,13 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Room for `slots` sequences of up to `context` tokens each, and for `tokens` tokens in all.
+    /// Room for `slots` sequences of up to `context` tokens each, and for `tokens` tokens in all; keys and values are stored
+    /// as the model's activations.
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(
-        device: &Device,
-        config: &ModelConfig,
-        dtype: DType,
-        slots: usize,
-        context: usize,
-        tokens: usize,
-    ) -> Result<Self> {
+    pub fn new(model: &Model, slots: usize, context: usize, tokens: usize) -> Result<Self> {
+        let (device, config, dtype) = (model.device(), model.config(), model.activations());
         // Positions are 32 bits wide.
         if u32::try_from(context).is_err() {
             return Err(Error::Size { what: "context", value: context });

@@ -6,7 +6,7 @@ use super::block::{self, BlockSaved, BlockScratch, Extent, Room, Shared};
 use super::cache::Cache;
 use super::call::{Call, Skip};
 use super::config::{BlockKind, ModelConfig};
-use super::parameters::{ParameterTable, Space};
+use super::parameters::{ParameterTable, Part, Space};
 use super::scratch::{Column, Rows};
 use super::weights::{Gradients, ModelIds};
 use crate::backend::ops::{Copy, Embed, EmbedBackward};
@@ -59,6 +59,16 @@ impl Model {
         &self.ids
     }
 
+    /// How activations of a forward pass are stored beside its weights.
+    pub fn activations(&self) -> DType {
+        self.device.info().activations_beside(self.weights.part(Part::Matrices).dtype)
+    }
+
+    /// How activations of training and their gradients are: f16 would lose small gradients.
+    pub fn gradients(&self) -> DType {
+        Some(self.activations()).filter(|&dtype| dtype != DType::F16).unwrap_or(DType::F32)
+    }
+
     pub(super) fn shared(&self) -> Shared<'_> {
         Shared { config: &self.config, weights: &self.weights, inv_freq: self.inv_freq.view() }
     }
@@ -95,9 +105,10 @@ impl Activations {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(model: &Model, keep: Keep, dtype: DType, tokens: usize, segments: usize) -> Result<Self> {
-        let (device, config) = (&model.device, &model.config);
-        let room = Room { dtype, tokens, segments, training: keep != Keep::Nothing };
+    pub fn new(model: &Model, keep: Keep, tokens: usize, segments: usize) -> Result<Self> {
+        let (device, config, training) = (&model.device, &model.config, keep != Keep::Nothing);
+        let dtype = if training { model.gradients() } else { model.activations() };
+        let room = Room { dtype, tokens, segments, training };
         let streams = if keep == Keep::Nothing { 1 } else { config.blocks.len() + 1 };
         let rows = || Rows::new(device, dtype, tokens, config.hidden_size);
         let saved = match keep {

@@ -4,7 +4,7 @@ use super::decoder::Model;
 use super::scratch::{Column, Rows};
 use super::weights::Gradients;
 use crate::backend::ops::{
-    Argmax, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight, LossWeights,
+    Argmax, Copy, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight, LossWeights,
     RmsNorm, RmsNormBackward, STATISTICS, Scaling, ScatterAdd, WeightedSum,
 };
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Largest, Out, Result, View};
@@ -37,8 +37,8 @@ impl FinalNorm {
         let (device, hidden) = (model.device(), model.config().hidden_size);
         Ok(FinalNorm {
             chosen: Column::new(device, DType::U32, rows)?,
-            gathered: Rows::new(device, DType::F32, rows, hidden)?,
-            normed: Rows::new(device, DType::F32, rows, hidden)?,
+            gathered: Rows::new(device, model.activations(), rows, hidden)?,
+            normed: Rows::new(device, model.activations(), rows, hidden)?,
             inv_rms: Column::new(device, DType::F32, rows)?,
         })
     }
@@ -137,6 +137,8 @@ pub struct LossHead {
     norm: FinalNorm,
     student: Rows,
     teacher: Option<Rows>,
+    /// The gradient of a chunk of logits as the other gradients are stored, where these are not f32.
+    dlogits: Option<Rows>,
     dnormed: Rows,
     dgathered: Rows,
     statistics: Rows,
@@ -162,14 +164,17 @@ impl LossHead {
         let chunk = chunk_rows(config.vocab_size, rows);
         let of = |rows, width| Rows::new(device, DType::F32, rows, width);
         let column = |dtype| Column::new(device, dtype, rows);
+        let stored = model.gradients();
+        let gradient = |rows, width| Rows::new(device, stored, rows, width);
         device.reserve(&Largest { logits: chunk * config.vocab_size, tokens: rows, ..Largest::default() })?;
         Ok(LossHead {
             chunk,
             norm: FinalNorm::new(model, rows)?,
             student: of(chunk, config.vocab_size)?,
             teacher: teacher.map(|_| of(chunk, config.vocab_size)).transpose()?,
-            dnormed: of(rows, config.hidden_size)?,
-            dgathered: of(rows, config.hidden_size)?,
+            dlogits: (stored != DType::F32).then(|| gradient(chunk, config.vocab_size)).transpose()?,
+            dnormed: gradient(rows, config.hidden_size)?,
+            dgathered: gradient(rows, config.hidden_size)?,
             statistics: of(chunk, STATISTICS)?,
             losses: of(rows, 3)?,
             labels: column(DType::U32)?,
@@ -283,10 +288,18 @@ impl LossHead {
         })?;
         let Some(gradients) = gradients else { return Ok(()) };
         let (head, dx) = (model.ids().head, self.dnormed.of(first + rows)?.row_range(first, rows)?);
+        let dout = match &self.dlogits {
+            None => student,
+            Some(dlogits) => {
+                let dlogits = dlogits.of(rows)?;
+                device.copy(&Copy { src: student, out: Out::assign(dlogits) })?;
+                dlogits
+            }
+        };
         if let Some(dweight) = gradients.of(head)? {
-            device.linear_backward_weight(&LinearBackwardWeight { x, dout: student, dweight, dbias: None })?;
+            device.linear_backward_weight(&LinearBackwardWeight { x, dout, dweight, dbias: None })?;
         }
         let weight = model.weights().view(head)?;
-        device.linear_backward_input(&LinearBackwardInput { dout: student, weight, dx: Out::assign(dx) })
+        device.linear_backward_input(&LinearBackwardInput { dout, weight, dx: Out::assign(dx) })
     }
 }

@@ -9,7 +9,7 @@ use super::{attention, mamba};
 use crate::backend::ops::Embed;
 use crate::backend::{DType, Error, HostSlice, Out, Result, Segments, SegmentsBuffer, SegmentsView, View};
 
-/// Runs blocks and mixers of one model; activations are f32.
+/// Runs blocks and mixers of one model.
 #[derive(Debug)]
 pub struct Probe<'a> {
     model: &'a Model,
@@ -40,7 +40,8 @@ impl<'a> Probe<'a> {
 
     fn with_memory(model: &'a Model, (tokens, segments): (usize, usize), training: bool) -> Result<Self> {
         let (device, config) = (model.device(), model.config());
-        let room = Room { dtype: DType::F32, tokens, segments, training };
+        let dtype = if training { model.gradients() } else { model.activations() };
+        let room = Room { dtype, tokens, segments, training };
         let backward = || BlockScratch::new(device, config, room.dtype, tokens);
         device.reserve(&config.largest(tokens, segments))?;
         Ok(Probe {

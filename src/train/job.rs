@@ -78,7 +78,6 @@ impl Job {
             },
             divisor: Divisor::Counted,
             recompute: config.recompute,
-            dtype,
             patience: config.optimizer.patience,
         };
         config.schedule.of(steps, config.optimizer.learning_rate)?;

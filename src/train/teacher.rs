@@ -10,7 +10,7 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use super::error::{Error, Result};
-use crate::backend::{Buffer, DType, HostSlice, Segments, View};
+use crate::backend::{Buffer, HostSlice, Segments, View};
 use crate::model::decoder::{Activations, Keep, Model};
 use crate::model::head::FinalNorm;
 
@@ -18,16 +18,15 @@ use crate::model::head::FinalNorm;
 #[derive(Debug)]
 pub struct Teacher {
     model: Arc<Model>,
-    dtype: DType,
     activations: Option<Activations>,
     norm: Option<FinalNorm>,
     remembered: Option<Remembered>,
 }
 
 impl Teacher {
-    /// A teacher that runs at every step, with activations in `dtype`.
-    pub fn live(model: Arc<Model>, dtype: DType) -> Self {
-        Teacher { model, dtype, activations: None, norm: None, remembered: None }
+    /// A teacher that runs at every step.
+    pub fn live(model: Arc<Model>) -> Self {
+        Teacher { model, activations: None, norm: None, remembered: None }
     }
 
     /// A teacher that runs once for each batch: its outputs for up to `rows` counted rows are kept in a file without a
@@ -35,9 +34,9 @@ impl Teacher {
     ///
     /// # Errors
     /// When the disk has no room for [`Self::bytes`] of them, or the system refuses.
-    pub fn remembering(model: Arc<Model>, dtype: DType, folder: &Path, rows: u64) -> Result<Self> {
+    pub fn remembering(model: Arc<Model>, folder: &Path, rows: u64) -> Result<Self> {
         let remembered = Remembered::new(folder, model.config().hidden_size, rows)?;
-        Ok(Teacher { remembered: Some(remembered), ..Self::live(model, dtype) })
+        Ok(Teacher { remembered: Some(remembered), ..Self::live(model) })
     }
 
     /// Bytes on the disk of the outputs for `rows` counted rows of a teacher.
@@ -53,16 +52,16 @@ impl Teacher {
     /// Makes the memory for calls of up to `tokens` rows in up to `segments` segments.
     pub(super) fn reserve(&mut self, tokens: usize, segments: usize) -> Result<()> {
         self.activations = None;
-        self.activations = Some(Activations::new(&self.model, Keep::Nothing, self.dtype, tokens, segments)?);
+        self.activations = Some(Activations::new(&self.model, Keep::Nothing, tokens, segments)?);
         self.norm = Some(FinalNorm::new(&self.model, tokens)?);
         if let Some(remembered) = &mut self.remembered {
             let hidden = self.model.config().hidden_size;
-            remembered.upload = Some(self.model.device().alloc(DType::F32, tokens, hidden)?);
+            remembered.upload = Some(self.model.device().alloc(self.model.activations(), tokens, hidden)?);
         }
         Ok(())
     }
 
-    /// The normed hidden states of the rows `chosen`, `[chosen, hidden]` f32.
+    /// The normed hidden states of the rows `chosen`, `[chosen, hidden]` as its activations are.
     pub(super) fn outputs(&mut self, ids: &[u32], segments: &Segments, chosen: &[u32]) -> Result<View> {
         let device = self.model.device();
         let key = self.remembered.as_ref().map(|_| key(ids, segments, chosen));

@@ -6,7 +6,7 @@ use super::error::{Error, Result};
 use super::optimizer::{AdamW, AdamWOptions, Trained};
 use super::teacher::Teacher;
 use crate::backend::ops::{Copy, LossWeights};
-use crate::backend::{Buffer, DType, Device, Out, Readback, Segments};
+use crate::backend::{Buffer, DType, Device, Out, Readback, Segments, View};
 use crate::model::decoder::{Activations, Keep, Model};
 use crate::model::head::{LossHead, LossKind, Targets};
 use crate::model::weights::Gradients;
@@ -36,8 +36,6 @@ pub struct TrainerOptions {
     pub divisor: Divisor,
     /// Whether backward computes each block again from its input, which takes less memory and more time.
     pub recompute: bool,
-    /// How activations are stored.
-    pub dtype: DType,
     /// So many steps in a row without a finite loss and gradient norm end the run.
     pub patience: u64,
 }
@@ -87,7 +85,8 @@ pub struct Progress {
     pub unfinite: u64,
 }
 
-/// Where the time of a step went, in seconds of the host: on a device that runs behind it, the time to launch.
+/// Where the time of a step went, in seconds of the host: on a device that runs behind it, the time to launch unless the
+/// trainer waits for each part ([`Trainer::time_parts`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct PartSeconds {
     /// The teacher's forward pass, up to its normed rows.
@@ -102,10 +101,26 @@ pub struct PartSeconds {
     pub optimizer: f64,
 }
 
-/// Seconds since `then`, which becomes now.
-fn lap(then: &mut Instant) -> f64 {
-    let now = Instant::now();
-    now.duration_since(std::mem::replace(then, now)).as_secs_f64()
+/// A clock of the parts of a step.
+struct Laps<'a> {
+    then: Instant,
+    /// A value whose reading waits for all that was launched before, where parts are to be waited for.
+    touch: Option<(&'a Device, View)>,
+}
+
+impl<'a> Laps<'a> {
+    fn new(touch: Option<(&'a Device, View)>) -> Self {
+        Laps { then: Instant::now(), touch }
+    }
+
+    /// Seconds since the last lap.
+    fn lap(&mut self) -> Result<f64> {
+        if let Some((device, view)) = self.touch {
+            device.read(view)?.wait()?;
+        }
+        let now = Instant::now();
+        Ok(now.duration_since(std::mem::replace(&mut self.then, now)).as_secs_f64())
+    }
 }
 
 struct Pending {
@@ -129,6 +144,7 @@ pub struct Trainer {
     numbers: Buffer,
     progress: Progress,
     seconds: PartSeconds,
+    waits: bool,
     pending: Option<Pending>,
     segments: Segments,
     rows: Vec<u32>,
@@ -169,6 +185,7 @@ impl Trainer {
             activations: None,
             progress: Progress::default(),
             seconds: PartSeconds::default(),
+            waits: false,
             pending: None,
             model,
             teacher,
@@ -215,6 +232,11 @@ impl Trainer {
         self.seconds
     }
 
+    /// From now on waits for the device after each part of a step, so that [`Self::seconds`] says where its time went.
+    pub fn time_parts(&mut self) {
+        self.waits = true;
+    }
+
     /// Gives the model and the teacher back; what was not yet read of the last step is lost.
     pub fn into_parts(self) -> (Model, Option<Teacher>) {
         (self.model, self.teacher)
@@ -241,18 +263,19 @@ impl Trainer {
             Divisor::Counted => counted,
             Divisor::All => tokens,
         };
-        let mut clock = Instant::now();
+        let touch = self.waits.then(|| (&device, self.numbers.view()));
+        let mut clock = Laps::new(touch);
         self.seconds = PartSeconds::default();
         self.optimizer.clear(&self.gradients)?;
         self.head.clear(&device)?;
-        self.seconds.optimizer += lap(&mut clock);
+        self.seconds.optimizer += clock.lap()?;
         for batch in batches.iter().filter(|batch| batch.counted.contains(&true)) {
             self.accumulate(batch, 1.0 / divisor as f32)?;
         }
         self.progress.step += 1;
-        clock = Instant::now();
+        clock = Laps::new(touch);
         self.optimizer.step(self.model.weights(), &self.gradients, rate, self.progress.step)?;
-        self.seconds.optimizer += lap(&mut clock);
+        self.seconds.optimizer += clock.lap()?;
         let numbers = self.numbers.view();
         device.copy(&Copy { src: self.head.totals(), out: Out::assign(numbers.col_range(0, 3)?) })?;
         device.copy(&Copy { src: self.optimizer.norm()?, out: Out::assign(numbers.col_range(3, 1)?) })?;
@@ -311,12 +334,12 @@ impl Trainer {
         self.weights.clear();
         self.weights.resize(self.rows.len(), weight);
         let Trainer { model, teacher, gradients, activations, head, segments, seconds, .. } = self;
-        let mut clock = Instant::now();
+        let mut clock = Laps::new(self.waits.then(|| (model.device(), self.numbers.view())));
         let Some(activations) = activations else { return Ok(()) };
         let outputs = teacher.as_mut().map(|teacher| teacher.outputs(&batch.ids, segments, &self.rows)).transpose()?;
-        seconds.teacher += lap(&mut clock);
+        seconds.teacher += clock.lap()?;
         model.forward(activations, &batch.ids, segments, None, None)?;
-        seconds.forward += lap(&mut clock);
+        seconds.forward += clock.lap()?;
         let targets = Targets {
             rows: &self.rows,
             labels: &self.labels,
@@ -325,9 +348,9 @@ impl Trainer {
         };
         let stream = (activations.output()?, activations.doutput()?);
         head.run(model, stream.0, &targets, self.options.loss, Some((gradients, stream.1)))?;
-        seconds.head += lap(&mut clock);
+        seconds.head += clock.lap()?;
         model.backward(activations, gradients)?;
-        seconds.backward += lap(&mut clock);
+        seconds.backward += clock.lap()?;
         Ok(())
     }
 
@@ -337,7 +360,7 @@ impl Trainer {
         let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
         // The old memory goes before the new comes.
         self.activations = None;
-        self.activations = Some(Activations::new(&self.model, keep, self.options.dtype, tokens, segments)?);
+        self.activations = Some(Activations::new(&self.model, keep, tokens, segments)?);
         if let Some(teacher) = &mut self.teacher {
             teacher.reserve(tokens, segments)?;
         }

@@ -17,7 +17,7 @@ pub(super) fn decode(report: &mut Report, device: &Device, folder: &str) -> Resu
     let model = checkpoint::load(device, &report.goldens.path(folder), DType::F32)?;
     let vocabulary = model.config().vocab_size;
     let mut run = Run::new(&model, Keep::Nothing, batch * prompt, batch)?;
-    let mut cache = Cache::new(device, model.config(), DType::F32, batch, total, batch * total)?;
+    let mut cache = Cache::new(&model, batch, total, batch * total)?;
 
     let mut generated: Vec<Vec<u32>> = prompts.ids().chunks_exact(prompt.max(1)).map(<[u32]>::to_vec).collect();
     let mut logits_of = vec![Vec::new(); batch];

@@ -22,7 +22,7 @@ impl<'a> Run<'a> {
     pub(super) fn new(model: &'a Model, keep: Keep, tokens: usize, segments: usize) -> Result<Self> {
         Ok(Run {
             model,
-            activations: Activations::new(model, keep, DType::F32, tokens, segments)?,
+            activations: Activations::new(model, keep, tokens, segments)?,
             norm: FinalNorm::new(model, tokens)?,
             logits: Logits::new(model, tokens)?,
             tokens: 0,

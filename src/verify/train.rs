@@ -61,7 +61,6 @@ impl Recipe {
             },
             divisor: Divisor::Counted,
             recompute: true,
-            dtype: DType::F32,
             patience: 1,
         })
     }
@@ -107,7 +106,7 @@ pub(super) fn steps(report: &mut Report, device: &Device, folder: &str) -> Resul
         tokens: batches.first().map_or(0, Batch::tokens),
         segments: batches.first().map_or(0, |batch| batch.segments.len()),
     };
-    let teacher = Teacher::live(Arc::new(teacher), DType::F32);
+    let teacher = Teacher::live(Arc::new(teacher));
     let mut trainer = Trainer::new(student, Some(teacher), recipe.options(&file, trained)?, room)?;
     let mut steps = Vec::new();
     for (at, (batch, rate)) in batches.iter().zip(&recipe.lr_per_step).enumerate() {

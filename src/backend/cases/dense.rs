@@ -32,7 +32,7 @@ pub fn rms_norm(t: &mut Trial) -> Verdict {
     let x = t.input("x", tokens, hidden)?;
     let weight = t.parameter("weight", 1, hidden)?;
     let out = t.output("out", tokens, hidden, hidden)?;
-    let inv_rms = if t.coin() { Some(t.output("inv_rms", 1, tokens, hidden)?) } else { None };
+    let inv_rms = if t.coin() { Some(t.in_f32(|t| t.output("inv_rms", 1, tokens, hidden))?) } else { None };
     t.run(|on| {
         let (x, weight, out, inv_rms) = (on.view(x), on.view(weight), on.view(out), on.maybe(inv_rms));
         on.device.rms_norm(&ops::RmsNorm { x, weight, eps: 1e-5, out, inv_rms })
@@ -44,14 +44,14 @@ pub fn rms_norm_backward(t: &mut Trial) -> Verdict {
     let x = t.input("x", tokens, hidden)?;
     let weight = t.parameter("weight", 1, hidden)?;
     let out = t.kept("out", tokens, hidden)?;
-    let inv_rms = t.kept("inv_rms", 1, tokens)?;
+    let inv_rms = t.in_f32(|t| t.kept("inv_rms", 1, tokens))?;
     t.prepare(|on| {
         let (x, weight, out, inv_rms) = (on.view(x), on.view(weight), on.view(out), Some(on.view(inv_rms)));
         on.device.rms_norm(&ops::RmsNorm { x, weight, eps: 1e-2, out, inv_rms })
     })?;
     let dout = t.input("dout", tokens, hidden)?;
     let (dx, add) = t.out("dx", tokens, hidden, hidden)?;
-    let dweight = if t.coin() { Some(t.changed("dweight", 1, hidden, tokens)?) } else { None };
+    let dweight = if t.coin() { Some(t.in_f32(|t| t.changed("dweight", 1, hidden, tokens))?) } else { None };
     t.run(|on| {
         let (x, weight, inv_rms, dout) = (on.view(x), on.view(weight), on.view(inv_rms), on.view(dout));
         let (dx, dweight) = (Out { view: on.view(dx), add }, on.maybe(dweight));
@@ -64,7 +64,10 @@ pub fn linear(t: &mut Trial, most_tokens: usize) -> Verdict {
     let x = t.input("x", tokens, inputs)?;
     let weight = t.weight("weight", outputs, inputs)?;
     let bias = if t.coin() { Some(t.parameter("bias", 1, outputs)?) } else { None };
-    let (out, add) = t.out("out", tokens, outputs, inputs)?;
+    // Logits are f32 whatever the activations are.
+    let logits = t.activations() != DType::F32 && t.coin();
+    let out = |t: &mut Trial| t.out("out", tokens, outputs, inputs);
+    let (out, add) = if logits { t.in_f32(out)? } else { out(t)? };
     t.run(|on| {
         let (x, weight, bias, out) = (on.view(x), on.view(weight), on.maybe(bias), Out { view: on.view(out), add });
         on.device.linear(&ops::Linear { x, weight, bias, out })
@@ -87,7 +90,7 @@ pub fn linear_backward_weight(t: &mut Trial) -> Verdict {
     let x = t.input("x", tokens, inputs)?;
     let dout = t.input("dout", tokens, outputs)?;
     let dweight = t.weight_output("dweight", DType::F32, outputs, inputs, tokens, true)?;
-    let dbias = if t.coin() { Some(t.changed("dbias", 1, outputs, tokens)?) } else { None };
+    let dbias = if t.coin() { Some(t.in_f32(|t| t.changed("dbias", 1, outputs, tokens))?) } else { None };
     t.run(|on| {
         let (x, dout, dweight, dbias) = (on.view(x), on.view(dout), on.view(dweight), on.maybe(dbias));
         on.device.linear_backward_weight(&ops::LinearBackwardWeight { x, dout, dweight, dbias })

@@ -9,7 +9,8 @@ pub fn rope(t: &mut Trial, inverse: bool) -> Verdict {
     let x = t.changed("x", tokens, heads * head_dim, 1)?;
     let positions: Vec<_> = (0..tokens).map(|_| t.one_of(&[0, 1, 77, 5000, 131_071])).collect();
     let positions = t.ids("positions", 1, tokens, &positions)?;
-    let inv_freq = t.input_of("inv_freq", 1, head_dim / 2, |_, _, j| 1e4f64.powf(-2.0 * j as f64 / head_dim as f64))?;
+    let frequency = |_: &mut Trial, _, j: usize| 1e4f64.powf(-2.0 * j as f64 / head_dim as f64);
+    let inv_freq = t.in_f32(|t| t.input_of("inv_freq", 1, head_dim / 2, frequency))?;
     t.run(|on| {
         let (x, positions, inv_freq) = (on.view(x), on.view(positions), on.view(inv_freq));
         on.device.rope(&ops::Rope { x, head_dim, positions, inv_freq, inverse })
@@ -17,7 +18,8 @@ pub fn rope(t: &mut Trial, inverse: bool) -> Verdict {
 }
 
 fn attention_shape(t: &mut Trial, windowed: bool) -> ops::AttentionShape {
-    let (kv_heads, groups, head_dim) = (t.one_of(&[1, 2, 3]), t.one_of(&[1, 2, 4]), t.size(70));
+    let (kv_heads, groups) = (t.one_of(&[1, 2, 3]), t.one_of(&[1, 2, 4]));
+    let head_dim = if t.in_tiles() { t.one_of(&[64, 128]) } else { t.size(70) };
     let window = windowed.then(|| t.one_of(&[1, 2, 17, 32, 64]));
     let scale = (head_dim as f32).sqrt().recip();
     ops::AttentionShape { heads: kv_heads * groups, kv_heads, head_dim, scale, window }
@@ -75,7 +77,7 @@ fn attend(t: &mut Trial, segments: &Segments, shape: ops::AttentionShape, keys: 
     let q = t.input("q", segments.tokens(), shape.q_cols())?;
     let segments_of = t.segments(segments)?;
     let out = t.output("out", segments.tokens(), shape.q_cols(), terms)?;
-    let lse = if t.coin() { Some(t.output("lse", segments.tokens(), shape.heads, terms)?) } else { None };
+    let lse = if t.coin() { Some(t.in_f32(|t| t.output("lse", segments.tokens(), shape.heads, terms))?) } else { None };
     t.run(|on| {
         let (q, out, lse, segments) = (on.view(q), on.view(out), on.maybe(lse), on.segments(segments_of));
         on.device.attention(&ops::Attention { shape, q, keys: keys(on), segments, out, lse })
@@ -90,7 +92,7 @@ pub fn attention_backward(t: &mut Trial, windowed: bool) -> Verdict {
     let (k, v) = (keys(t, "k", &used, shape.kv_cols())?, keys(t, "v", &used, shape.kv_cols())?);
     let q = t.input("q", tokens, shape.q_cols())?;
     let segments_of = t.segments(&segments)?;
-    let (out, lse) = (t.kept("out", tokens, shape.q_cols())?, t.kept("lse", tokens, shape.heads)?);
+    let (out, lse) = (t.kept("out", tokens, shape.q_cols())?, t.in_f32(|t| t.kept("lse", tokens, shape.heads))?);
     t.prepare(|on| {
         let keys = ops::Keys::Rows { k: on.view(k), v: on.view(v) };
         let (q, out, lse, segments) = (on.view(q), on.view(out), Some(on.view(lse)), on.segments(segments_of));
@@ -218,7 +220,8 @@ impl Conv {
 
 pub fn conv1d(t: &mut Trial, repeat: usize, repeat_first: bool) -> Verdict {
     let conv = Conv::draw(t, repeat, repeat_first)?;
-    let (state_in, state_out) = state(t, &conv.segments, conv.slots, conv.shape.state(), 0)?;
+    let values = conv.shape.state();
+    let (state_in, state_out) = t.in_f32(|t| state(t, &conv.segments, conv.slots, values, 0))?;
     let out = t.output("out", conv.segments.tokens(), conv.shape.channels_out(), conv.shape.width)?;
     t.run(|on| {
         on.device.conv1d(&ops::Conv1d {
@@ -240,15 +243,16 @@ pub fn conv1d_backward(t: &mut Trial, repeat: usize, repeat_first: bool) -> Verd
     let (shape, tokens) = (conv.shape, conv.segments.tokens());
     let dout = t.input("dout", tokens, shape.channels_out())?;
     let terms = shape.width * repeat;
-    let states = StateGradients::draw(t, &conv.segments, conv.slots, shape.state(), terms)?;
+    let states = t.in_f32(|t| StateGradients::draw(t, &conv.segments, conv.slots, shape.state(), terms))?;
     let dprojected = t.changed("dprojected", tokens, conv.cols, terms)?;
     let terms = tokens * repeat;
     let dweight = if t.one_of(&[true, true, false]) {
-        Some(t.changed("dweight", shape.filters(), shape.width, terms)?)
+        Some(t.in_f32(|t| t.changed("dweight", shape.filters(), shape.width, terms))?)
     } else {
         None
     };
-    let dbias = if t.coin() { Some(t.changed("dbias", 1, shape.filters(), terms)?) } else { None };
+    let dbias =
+        if t.coin() { Some(t.in_f32(|t| t.changed("dbias", 1, shape.filters(), terms))?) } else { None };
     t.run(|on| {
         on.device.conv1d_backward(&ops::Conv1dBackward {
             shape,
@@ -334,10 +338,10 @@ impl Scan {
             false => t.number(0.01, 0.5),
         };
         let delta = t.input_of("delta", tokens, channels, step)?;
-        let a = t.input_of("a", channels, d_state, |t, _, _| -t.number(0.05, 6.0))?;
-        let d = if t.coin() { Some(t.input("d", 1, channels)?) } else { None };
+        let a = t.in_f32(|t| t.input_of("a", channels, d_state, |t, _, _| -t.number(0.05, 6.0)))?;
+        let d = if t.coin() { Some(t.in_f32(|t| t.input("d", 1, channels))?) } else { None };
         let bias = |t: &mut Trial, _, _| t.number(0.0, 0.3);
-        let delta_bias = if t.coin() { Some(t.input_of("delta_bias", 1, channels, bias)?) } else { None };
+        let delta_bias = if t.coin() { Some(t.in_f32(|t| t.input_of("delta_bias", 1, channels, bias))?) } else { None };
         let columns = (columns[0], columns[1], gated.then_some(columns[2]));
         Ok(Scan {
             segments,
@@ -388,7 +392,7 @@ impl Scan {
 pub fn selective_scan(t: &mut Trial, d_state: usize) -> Verdict {
     let scan = Scan::draw(t, d_state)?;
     let (tokens, values) = (scan.segments.tokens(), scan.channels * scan.d_state);
-    let (state_in, state_out) = state(t, &scan.segments, scan.slots, values, tokens)?;
+    let (state_in, state_out) = t.in_f32(|t| state(t, &scan.segments, scan.slots, values, tokens))?;
     let saved = if t.coin() { Some(scan.saved(t, false)?) } else { None };
     let out = t.output("out", tokens, scan.channels, tokens + scan.d_state)?;
     t.run(|on| {
@@ -405,7 +409,8 @@ pub fn selective_scan_backward(t: &mut Trial, d_state: usize) -> Verdict {
     let scan = Scan::draw(t, d_state)?;
     let (tokens, channels) = (scan.segments.tokens(), scan.channels);
     let terms = tokens + scan.d_state;
-    let states = StateGradients::draw(t, &scan.segments, scan.slots, channels * scan.d_state, terms)?;
+    let values = channels * scan.d_state;
+    let states = t.in_f32(|t| StateGradients::draw(t, &scan.segments, scan.slots, values, terms))?;
     let (saved, out) = (scan.saved(t, true)?, t.kept("out", tokens, channels)?);
     t.prepare(|on| {
         let inputs = scan.inputs(on, states.state_in);
@@ -414,11 +419,12 @@ pub fn selective_scan_backward(t: &mut Trial, d_state: usize) -> Verdict {
     })?;
     let dout = t.input("dout", tokens, channels)?;
     let (du, ddelta) = (t.output("du", tokens, channels, terms)?, t.output("ddelta", tokens, channels, terms)?);
-    let da = t.output("da", channels, scan.d_state, terms)?;
+    let da = t.in_f32(|t| t.output("da", channels, scan.d_state, terms))?;
     let dprojected = t.changed("dprojected", tokens, scan.cols, terms + channels)?;
     let (skip, bias) = (scan.d.is_some() && t.coin(), scan.delta_bias.is_some() && t.coin());
-    let dd = if skip { Some(t.changed("dd", 1, channels, terms)?) } else { None };
-    let ddelta_bias = if bias { Some(t.changed("ddelta_bias", 1, channels, terms)?) } else { None };
+    let dd = if skip { Some(t.in_f32(|t| t.changed("dd", 1, channels, terms))?) } else { None };
+    let ddelta_bias =
+        if bias { Some(t.in_f32(|t| t.changed("ddelta_bias", 1, channels, terms))?) } else { None };
     t.run(|on| {
         on.device.selective_scan_backward(&ops::SelectiveScanBackward {
             inputs: scan.inputs(on, states.state_in),

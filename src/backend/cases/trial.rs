@@ -87,6 +87,10 @@ pub struct Trial {
     devices: [Device; 2],
     random: ChaCha8Rng,
     parameters: DType,
+    /// The dtype of the activations made now.
+    activations: DType,
+    /// Whether rows start where vectors may: where there are kernels for tiles they are used then.
+    aligned: bool,
     arguments: Vec<Argument>,
     look: Look,
     worst: f64,
@@ -108,7 +112,15 @@ impl Trial {
         let mut random = random::stream(seed, name);
         let types = parameter_types(devices[1]);
         let parameters = types.get(random.random_range(0..types.len().max(1))).copied().unwrap_or(DType::F32);
-        Trial { devices: devices.map(Device::clone), random, parameters, arguments: Vec::new(), look, worst: 0.0 }
+        let info = devices[1].info();
+        let beside = info.activations_beside(parameters);
+        let (mut activations, mut aligned) = (DType::F32, false);
+        if info.activations.len() > 1 {
+            let narrow = random.random_range(0..4) > 0;
+            (activations, aligned) = (if narrow { beside } else { DType::F32 }, random.random());
+        }
+        let (devices, arguments) = (devices.map(Device::clone), Vec::new());
+        Trial { devices, random, parameters, activations, aligned, arguments, look, worst: 0.0 }
     }
 
     /// The largest error of an output as a share of its tolerance.
@@ -124,6 +136,24 @@ impl Trial {
     /// The dtype of this trial's parameters.
     pub fn parameters(&self) -> DType {
         self.parameters
+    }
+
+    /// The dtype of this trial's activations.
+    pub fn activations(&self) -> DType {
+        self.activations
+    }
+
+    /// Makes arguments that are f32 whatever the activations are.
+    pub fn in_f32<R>(&mut self, make: impl FnOnce(&mut Self) -> R) -> R {
+        let activations = std::mem::replace(&mut self.activations, DType::F32);
+        let made = make(self);
+        self.activations = activations;
+        made
+    }
+
+    /// Whether this trial is for kernels that work in tiles of 16-bit values.
+    pub fn in_tiles(&self) -> bool {
+        self.aligned && self.activations != DType::F32
     }
 
     /// A size of at most `most`.
@@ -162,8 +192,10 @@ impl Trial {
     fn place(&mut self, plan: Plan, mut value: impl FnMut(usize, usize) -> f64) -> Result<Arg> {
         let Plan { name, dtype, order, rows, cols, role } = plan;
         let wide = order == Order::Rows && dtype.is_float();
-        let gap = if wide { self.one_of(&[0, 0, 1, 5, 16]) } else { 0 };
-        let offset = self.one_of(&[0, 1, 7, 64]) * if wide { 1 } else { 64 };
+        let (gaps, offsets): (&[usize], &[usize]) =
+            if self.aligned { (&[0, 16], &[0, 64]) } else { (&[0, 0, 1, 5, 16], &[0, 1, 7, 64]) };
+        let gap = if wide { self.one_of(gaps) } else { 0 };
+        let offset = self.one_of(offsets) * if wide { 1 } else { 64 };
         let mut make = |side: usize| -> Result<(Buffer, View)> {
             let (device, rows) = (&self.devices[side], rows[side]);
             let stride = cols + gap;
@@ -212,12 +244,12 @@ impl Trial {
         self.place(plan, |r, c| values[r * cols + c])
     }
 
-    /// f32 rows to read, of values around 0 with a deviation of 1.
+    /// Activations to read, of values around 0 with a deviation of 1.
     pub fn input(&mut self, name: &'static str, rows: usize, cols: usize) -> Result<Arg> {
         self.input_of(name, rows, cols, |t, _, _| t.normal())
     }
 
-    /// f32 rows to read.
+    /// Activations to read.
     pub fn input_of(
         &mut self,
         name: &'static str,
@@ -225,7 +257,7 @@ impl Trial {
         cols: usize,
         value: impl FnMut(&mut Trial, usize, usize) -> f64,
     ) -> Result<Arg> {
-        self.drawn(Self::plan(name, DType::F32, rows, cols, Role::Input), value)
+        self.drawn(Self::plan(name, self.activations, rows, cols, Role::Input), value)
     }
 
     /// A value of a distribution around 0 with a deviation of 1.
@@ -251,7 +283,7 @@ impl Trial {
 
     /// Rows that [`Trial::prepare`] writes.
     pub fn kept(&mut self, name: &'static str, rows: usize, cols: usize) -> Result<Arg> {
-        self.place(Self::plan(name, DType::F32, rows, cols, Role::Kept), |_, _| f64::NAN)
+        self.place(Self::plan(name, self.activations, rows, cols, Role::Kept), |_, _| f64::NAN)
     }
 
     /// Rows that the device writes for itself alone, in [`Trial::prepare`] or when it is run.
@@ -274,7 +306,7 @@ impl Trial {
 
     /// An output that replaces what is there. Each value is a sum of `terms`, or exact with 0.
     pub fn output(&mut self, name: &'static str, rows: usize, cols: usize, terms: usize) -> Result<Arg> {
-        self.output_as(name, DType::F32, rows, cols, terms)
+        self.output_as(name, self.activations, rows, cols, terms)
     }
 
     /// An output of another dtype that replaces what is there.
@@ -304,7 +336,7 @@ impl Trial {
         terms: usize,
         value: impl FnMut(&mut Trial, usize, usize) -> f64,
     ) -> Result<Arg> {
-        self.drawn(Self::plan(name, DType::F32, rows, cols, Role::Output(terms)), value)
+        self.drawn(Self::plan(name, self.activations, rows, cols, Role::Output(terms)), value)
     }
 
     /// An output that replaces or, as often, adds.
@@ -491,14 +523,15 @@ fn error(a: &[f32], b: &[f32]) -> f64 {
     differences.fold(0.0, f64::max) / largest
 }
 
-/// What rounding may do to a sum of so many terms, in any order: the unit of rounding, and its random walk.
+/// What rounding may do to a sum of so many terms, in any order: the unit of rounding, and its random walk. Where values are
+/// stored in 16 bits sums are f32 nevertheless, and a few values on the way to one are rounded to 16 bits.
 fn tolerance(dtype: DType, terms: usize) -> f64 {
-    let unit = match dtype {
-        DType::F64 => 2f64.powi(-53),
-        DType::F32 => 2f64.powi(-24),
-        DType::F16 => 2f64.powi(-11),
-        DType::Bf16 => 2f64.powi(-8),
-        DType::U32 => 0.0,
+    let (unit, stored) = match dtype {
+        DType::F64 => (2f64.powi(-53), 0.0),
+        DType::F32 => (2f64.powi(-24), 0.0),
+        DType::F16 => (2f64.powi(-24), 2f64.powi(-11)),
+        DType::Bf16 => (2f64.powi(-24), 2f64.powi(-8)),
+        DType::U32 => (0.0, 0.0),
     };
-    if terms == 0 { 0.0 } else { 8.0 * unit * (1.0 + terms as f64).sqrt() }
+    if terms == 0 { 0.0 } else { 8.0 * (unit * (1.0 + terms as f64).sqrt() + stored) }
 }

@@ -85,6 +85,7 @@ pub fn device_with(threads: Option<NonZeroUsize>, simd: Simd) -> Result<Device> 
         name: "cpu",
         device,
         dtypes: vec![DType::F32, DType::Bf16, DType::F16],
+        activations: vec![DType::F32],
         scan_chunk: SCAN_CHUNK,
         batch_invariant: true,
     };

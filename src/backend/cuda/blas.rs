@@ -1,6 +1,7 @@
 //! Products through cuBLASLt: f32 sums, no TF32. The algorithm of a product is the first that the library's heuristic names,
-//! never one that was timed, and none that splits a sum between blocks: the same product is the same bits in every run. What
-//! was chosen is kept beside the kernels, so that a resumed run has it too.
+//! never one that was timed. A sum may be split between blocks where its parts are f32 in the workspace and are added in their
+//! order, not where blocks add to the output as they come: the same product is the same bits in every run. What was chosen is
+//! kept beside the kernels, so that a resumed run has it too.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -8,7 +9,7 @@ use std::mem::{size_of, size_of_val};
 
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtEpilogue_t, cublasLtMatmulAlgo_t, cublasLtMatmulDescAttributes_t as Attribute,
-    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasStatus_t,
+    cublasLtMatmulHeuristicResult_t, cublasLtReductionScheme_t, cublasLtMatmulPreferenceAttributes_t as Preference, cublasStatus_t,
     cudaDataType_t,
 };
 
@@ -18,7 +19,10 @@ use super::libraries;
 use crate::backend::DType;
 
 /// Bytes that the library may use beside the matrices.
-pub const WORKSPACE: usize = 32 << 20;
+pub const WORKSPACE: usize = 64 << 20;
+
+/// How a sum that is split between blocks may be put together: in f32 from the workspace.
+const REDUCTIONS: u32 = cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
 /// The library, its plans, and what is known from runs before.
 pub struct Blas {
@@ -96,7 +100,7 @@ impl Blas {
         check(unsafe { sys::cublasLtCreate(&mut handle) })?;
         // SAFETY: gives a number.
         let version = unsafe { sys::cublasLtGetVersion() }.to_string();
-        let entry = Cache::name(&["products", device, &version, &WORKSPACE.to_string()]);
+        let entry = Cache::name(&["products", device, &version, &WORKSPACE.to_string(), &REDUCTIONS.to_string()]);
         let known = cache.get(&entry).and_then(|bytes| serde_json::from_slice::<Vec<(Sizes, [u64; 8])>>(&bytes).ok());
         let known = known.unwrap_or_default().into_iter();
         let recorded = known.map(|(sizes, data)| (sizes, cublasLtMatmulAlgo_t { data })).collect();
@@ -189,7 +193,7 @@ impl Blas {
         check(status).is_ok() && result.workspaceSize <= WORKSPACE
     }
 
-    /// The first algorithm of the heuristic that sums in one block.
+    /// The first algorithm of the heuristic whose sums have an order.
     fn choose(&self, plan: &Plan, sizes: &Sizes) -> Result<cublasLtMatmulAlgo_t, String> {
         let mut preference = std::ptr::null_mut();
         // SAFETY: writes a descriptor.
@@ -203,7 +207,7 @@ impl Blas {
         let mut result = empty();
         let mut found = 0;
         let chosen = prefer(Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE)
-            .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &0u32))
+            .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &REDUCTIONS))
             .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &b))
             .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &a))
             .and_then(|()| prefer(Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &out))

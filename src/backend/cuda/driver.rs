@@ -50,12 +50,21 @@ pub struct Shape {
 }
 
 /// The arguments of a launch in the order of the kernel's parameters, each as its bytes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Arguments {
     /// In words, so that every argument is aligned.
     words: Vec<u64>,
     /// The word at which each argument starts.
     starts: Vec<usize>,
+}
+
+/// Words that arguments have room for at first: more than any kernel of ours takes.
+const WORDS: usize = 64;
+
+impl Default for Arguments {
+    fn default() -> Self {
+        Arguments { words: Vec::with_capacity(WORDS), starts: Vec::with_capacity(WORDS) }
+    }
 }
 
 impl Arguments {

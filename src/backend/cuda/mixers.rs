@@ -31,10 +31,10 @@ pub(super) fn variants() -> Vec<ModuleKey> {
             all.push(alike(&source::CONV1D, &["T_X", "T_OUT"], of, &more[..2]));
             all.push(alike(&source::CONV1D_BACKWARD, &["T_X", "T_DOUT", "T_DX"], of, &more));
         }
-        for more in scan::layouts() {
-            all.push(alike(&source::SELECTIVE_SCAN, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &more));
+        for [forward, backward] in scan::layouts() {
+            all.push(alike(&source::SELECTIVE_SCAN, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &forward));
             let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
-            all.push(alike(&source::SELECTIVE_SCAN_BACKWARD, &names, of, &more));
+            all.push(alike(&source::SELECTIVE_SCAN_BACKWARD, &names, of, &backward));
         }
         all.push(alike(&source::SCAN_SUMS, &["T_DP"], of, &[]));
         for head_dim in [64, 80, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {

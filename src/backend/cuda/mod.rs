@@ -62,6 +62,7 @@ fn over(driver: Box<dyn Driver>) -> Device {
         name: "cuda",
         device: words(driver.limits()),
         dtypes: vec![DType::F32, DType::F16, DType::Bf16],
+        activations: vec![DType::F32, DType::F16, DType::Bf16],
         scan_chunk: mixers::SCAN_CHUNK,
         batch_invariant: false,
     };

@@ -2,13 +2,27 @@
 
 use std::fmt::Write as _;
 
-/// A file of `kernels/`.
+/// A file of `kernels/`; names are its identity, so that a launch need not look at texts.
 #[derive(Debug)]
 pub struct Source {
     /// Its name.
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
+}
+
+impl PartialEq for Source {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other) || self.name == other.name
+    }
+}
+
+impl Eq for Source {}
+
+impl std::hash::Hash for Source {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
 }
 
 macro_rules! sources {
@@ -65,9 +79,8 @@ pub enum Value {
 /// What is compiled at once: a file, and the macros that it is compiled with.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ModuleKey {
-    /// The file's name.
-    pub file: &'static str,
-    text: &'static str,
+    /// The file.
+    pub source: &'static Source,
     defines: Vec<(&'static str, Value)>,
 }
 
@@ -90,7 +103,7 @@ impl KernelKey {
 impl ModuleKey {
     /// A file compiled with macros.
     pub fn new(source: &'static Source, defines: &[(&'static str, Value)]) -> Self {
-        ModuleKey { file: source.name, text: source.text, defines: defines.to_vec() }
+        ModuleKey { source, defines: defines.to_vec() }
     }
 
     /// The same with one more macro.
@@ -102,13 +115,13 @@ impl ModuleKey {
 
     /// What a compiler is given: the macros, then the file. Headers are found by name.
     pub fn text(&self) -> String {
-        let mut text = String::with_capacity(self.text.len() + 256);
+        let mut text = String::with_capacity(self.source.text.len() + 256);
         for (name, value) in &self.defines {
             // Writing to a string cannot fail.
             let _ = writeln!(text, "#define {name} {value}");
         }
-        let _ = writeln!(text, "#line 1 \"{}\"", self.file);
-        text.push_str(self.text);
+        let _ = writeln!(text, "#line 1 \"{}\"", self.source.name);
+        text.push_str(self.source.text);
         text
     }
 }
@@ -124,7 +137,7 @@ impl std::fmt::Display for Value {
 
 impl std::fmt::Display for ModuleKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.file)?;
+        f.write_str(self.source.name)?;
         self.defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
     }
 }

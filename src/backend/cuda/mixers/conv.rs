@@ -78,7 +78,11 @@ pub(in crate::backend::cuda) fn conv1d_backward(c: &mut Call, op: &ops::Conv1dBa
     if shared_bytes + 1024 > c.limits().shared_bytes {
         return Err(c.unsupported("a convolution", format!("{} taps after {} repeats", shape.width, shape.repeat)));
     }
-    let tiles = c.int("tiles", shape.channels_in / shape.head * shape.head.div_ceil(CHANNELS))?;
+    let tiles = match CHANNELS / shape.head * shape.head {
+        0 => shape.channels_in / shape.head * shape.head.div_ceil(CHANNELS),
+        whole => shape.channels_in.div_ceil(whole),
+    };
+    let tiles = c.int("tiles", tiles)?;
     let grid = [c.int("row blocks", row_blocks)?, tiles, 1];
     let by_tiles = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: shared_bytes as u32 };
     c.launch((&source::CONV1D_BACKWARD, "conv1d_backward"), &defines, by_tiles, &arguments)?;

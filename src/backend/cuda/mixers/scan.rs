@@ -6,7 +6,7 @@ use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
 /// Tokens between two states that forward saves for backward, counted from the start of a segment.
-pub(in crate::backend::cuda) const SCAN_CHUNK: usize = 64;
+pub(in crate::backend::cuda) const SCAN_CHUNK: usize = STEPS;
 /// Tokens that are in shared memory at a time, STEPS of the kernels.
 const STEPS: usize = 32;
 
@@ -18,8 +18,6 @@ struct Tiles {
     lanes: usize,
     /// Channels of a tile.
     tile: usize,
-    /// Tokens whose states the backward holds in registers.
-    held: usize,
     /// Neighbouring channels that share both groups.
     run: usize,
     /// Tiles in all.
@@ -31,19 +29,19 @@ struct Tiles {
 impl Tiles {
     /// None if a channel has too many states.
     fn new(inputs: &ops::ScanInputs) -> Option<Self> {
-        let (lanes, widest, held) = match inputs.d_state() {
-            0..=16 => (4, 16, 8),
-            17..=32 => (8, 16, 8),
-            33..=64 => (16, 8, 8),
-            65..=128 => (32, 4, 8),
-            129..=256 => (32, 4, 4),
+        let (lanes, widest) = match inputs.d_state() {
+            0..=16 => (4, 16),
+            17..=32 => (8, 16),
+            33..=64 => (16, 8),
+            65..=128 => (32, 4),
+            129..=256 => (32, 2),
             _ => return None,
         };
         let per_group = [inputs.groups_b, inputs.groups_c].map(|groups| inputs.channels() / groups);
         let run = gcd(per_group[0], per_group[1]);
         let tile = run.next_power_of_two().clamp(32 / lanes, widest);
         let count = inputs.channels() / run * run.div_ceil(tile);
-        Some(Tiles { d_state: inputs.d_state(), lanes, tile, held, run, count, per_group })
+        Some(Tiles { d_state: inputs.d_state(), lanes, tile, run, count, per_group })
     }
 
     fn threads(&self) -> usize {
@@ -72,14 +70,26 @@ impl Tiles {
         Shape { grid, block: [self.threads() as u32, 1, 1], shared_bytes: shared_bytes as u32 }
     }
 
-    fn forward_shared_bytes(&self) -> usize {
-        4 * STEPS * (2 * self.tile + 2 * self.padded() + self.threads())
+    /// Bytes of what lies in shared memory for each of STEPS tokens: `row` of a channel's values and `projected` of a
+    /// value of B and C as they are in global memory, and B and C as f32.
+    fn step_bytes(&self, row: usize, projected: usize) -> usize {
+        let stages = if self.d_state > 64 { 1 } else { 2 };
+        stages * (self.tile * row + 2 * self.d_state * projected) + 8 * self.padded()
     }
 
-    fn backward_shared_bytes(&self) -> usize {
-        let states = self.padded() * self.tile;
-        let chunk = SCAN_CHUNK * (3 * self.tile + 2 * self.padded()) + SCAN_CHUNK / self.held * states;
-        4 * (chunk + 3 * self.held * self.threads() + self.threads() / 32 * self.held * 2 * self.padded())
+    fn forward_shared_bytes(&self, row: usize, projected: usize) -> usize {
+        STEPS * (self.step_bytes(row, projected) + 8 * (self.tile + 2) + 4 * (self.tile + 8))
+    }
+
+    fn backward_shared_bytes(&self, row: usize, projected: usize, group: usize) -> usize {
+        let sums = 4 * self.padded() * self.tile + 3 * 4 * (self.tile + 8);
+        let of_warps = 4 * 2 * (self.threads() / 32) * group * 2 * self.padded();
+        STEPS * (self.step_bytes(row, projected) + 16 * (self.tile + 2) + sums) + of_warps
+    }
+
+    /// Tokens that backward takes in one stretch of code; as many as registers allow.
+    fn backward_group(&self, vector: bool) -> usize {
+        if vector && self.d_state <= 64 { 8 } else { 4 }
     }
 
     fn number(value: usize) -> Value {
@@ -91,12 +101,19 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The macros of the layouts that calls ask for as a rule: 16 states, aligned and not, and the most of each kind.
-pub(super) fn layouts() -> Vec<Vec<(&'static str, Value)>> {
-    let layouts = [(16, 4, 16, 8, 1), (16, 4, 16, 8, 0), (32, 8, 16, 8, 0), (64, 16, 8, 8, 0), (128, 32, 4, 8, 0), (256, 32, 4, 4, 0)];
-    let names = ["D_STATE", "LANES", "TILE", "HELD", "VECTOR"];
-    let defines = |(d_state, lanes, tile, held, vector)| names.into_iter().zip([d_state, lanes, tile, held, vector]);
-    layouts.into_iter().map(|layout| defines(layout).map(|(name, n)| (name, Value::Number(n))).collect()).collect()
+/// Tokens that forward takes in one stretch of code: all of STEPS, or few where most segments have a token or two.
+const GROUPS: [usize; 2] = [STEPS, 4];
+
+/// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
+/// the most of each kind.
+pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
+    let layouts = [(16, 4, 16, 1), (16, 4, 16, 0), (32, 8, 16, 0), (64, 16, 8, 0), (128, 32, 4, 0), (256, 32, 2, 0)];
+    let of = |layout: (usize, usize, usize, usize), group: usize| -> Vec<_> {
+        let values = [layout.0, layout.1, layout.2, layout.3, group].map(Tiles::number);
+        ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"].into_iter().zip(values).collect()
+    };
+    let both = |layout: (usize, usize, usize, usize)| [of(layout, STEPS), of(layout, if layout.3 == 1 { 8 } else { 4 })];
+    layouts.into_iter().map(both).collect()
 }
 
 /// Where the inputs of a scan lie.
@@ -170,10 +187,16 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let mut places = vec![inputs.u, inputs.delta, out];
     places.extend(inputs.parts(&op.inputs, &inputs.projected));
     let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
-    defines.push(("T_OUT", out.of()));
+    let decoding = inputs.u.rows <= 2 * inputs.segments.capacity;
+    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(GROUPS[usize::from(decoding)]))]);
+    let projected = inputs.projected.dtype.size();
+    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
+    let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes(row, projected));
+    if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
+        return Err(c.unsupported("a scan", format!("{} states a channel", inputs.tiles.d_state)));
+    }
     let arguments = inputs.arguments.maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
     let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
-    let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes());
     c.launch((&source::SELECTIVE_SCAN, "selective_scan"), &defines, shape, &arguments)
 }
 
@@ -190,10 +213,12 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
 
     let mut places = vec![inputs.u, inputs.delta, dout, du, ddelta];
     places.extend(inputs.parts(&op.inputs, &inputs.projected).chain(inputs.parts(&op.inputs, &dprojected)));
-    let mut defines = inputs.defines(tiles.vector(&places)).to_vec();
+    let vector = tiles.vector(&places);
+    let group = tiles.backward_group(vector);
+    let mut defines = inputs.defines(vector).to_vec();
     let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
     defines.extend(types.map(|(name, place)| (name, place.of())));
-    defines.push(("HELD", Tiles::number(tiles.held)));
+    defines.push(("GROUP", Tiles::number(group)));
 
     let a_group = tiles.a_group();
     let by_token = a_group.map(|count| if count > 1 { 4 * tokens * tiles.count * d_state } else { 0 });
@@ -210,7 +235,9 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let arguments = arguments.place(&db).place(&dc).pointer(given_b).pointer(given_c).pointer(partial_a);
     let arguments = arguments.pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
     let arguments = arguments.size(dstate_in.map_or(0, |state| state.rows));
-    let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes());
+    let projected = inputs.projected.dtype.size();
+    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + dout.dtype.size() + projected;
+    let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
     if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
         return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
     }
