@@ -345,7 +345,7 @@ fn whole_numbers_are_no_weights_and_nan_is_found_when_looked_for() {
     bytes[at..at + 3].copy_from_slice(b"I32");
     fs::write(&path, bytes).unwrap();
     let error = Checkpoint::open(folder.path()).unwrap_err().to_string();
-    assert!(error.contains("is stored as I32, expected F32"), "{error}");
+    assert!(error.contains("is stored as I32, expected floating-point numbers"), "{error}");
 }
 
 #[test]

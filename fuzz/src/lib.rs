@@ -34,12 +34,13 @@ static METER: Meter = Meter;
 const ALWAYS: usize = 1 << 20;
 
 /// Runs `work`, which reads `bytes` bytes; panics when it held more than `times` as many, and a little.
-pub fn metered(bytes: usize, times: usize, work: impl FnOnce()) {
+pub fn metered<T>(bytes: usize, times: usize, work: impl FnOnce() -> T) -> T {
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);
-    work();
+    let result = work();
     let most = (MOST.load(Relaxed) - before) as usize;
     assert!(most <= times * bytes + ALWAYS, "{most} bytes held for {bytes} bytes of input");
+    result
 }
 
 /// A folder of this process, in memory where the system has one there.
