@@ -98,6 +98,16 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// The device or its driver failed: nothing that was computed there since can be trusted.
+    #[error("{op} failed on {device}: {what}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// The op in which it was noticed.
+        op: &'static str,
+        /// What the driver says.
+        what: String,
+    },
     /// Something that the backend cannot do.
     #[error("{backend} cannot do {op}: {what}")]
     Unsupported {
