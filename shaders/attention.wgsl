@@ -53,8 +53,13 @@ override PAGED: bool = false;
 /// The log-sum-exp is wanted.
 override LSE: bool = true;
 
-const ROWS = 64u;
-const KEYS = 16u;
+/// Rows of a workgroup.
+override ROWS: u32 = 64;
+/// Keys of a tile, at most 16.
+override KEYS: u32 = 16;
+
+const MOST_WIDTH = 16u;
+const MOST_KEYS = 16u;
 /// Below every score.
 const NONE = -3.0e38;
 
@@ -87,8 +92,8 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
     let columns = head * p.head_dim;
     let key_columns = head / p.group * p.head_dim;
 
-    var query: array<vec4<f32>, 16>;
-    var sum: array<vec4<f32>, 16>;
+    var query: array<vec4<f32>, MOST_WIDTH>;
+    var sum: array<vec4<f32>, MOST_WIDTH>;
     for (var i = 0u; i < WIDTH; i++) {
         var four = vec4<f32>();
         for (var e = 0u; e < 4u; e++) {
@@ -127,7 +132,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
         }
         workgroupBarrier();
 
-        var score: array<f32, KEYS>;
+        var score: array<f32, MOST_KEYS>;
         for (var j = 0u; j < KEYS; j++) {
             let at_key = (j * PARTS + part) * WIDTH;
             var products = vec4<f32>();
