@@ -21,21 +21,22 @@ struct Backward {
     width: u32,
 }
 
-@group(0) @binding(0) var<storage, read> gate: array<f32>; // [tokens, width]
-@group(0) @binding(1) var<storage, read> up: array<f32>; // [tokens, width]
-@group(0) @binding(2) var<storage, read_write> out: array<f32>; // [tokens, width]
+@group(0) @binding(0) var<storage, read> gate: array<Value>; // [tokens, width]
+@group(0) @binding(1) var<storage, read> up: array<Value>; // [tokens, width]
+@group(0) @binding(2) var<storage, read_write> out: array<Value>; // [tokens, width]
 @group(1) @binding(0) var<uniform> p: Forward;
 
-@group(0) @binding(2) var<storage, read> dout: array<f32>; // [tokens, width]
-@group(0) @binding(3) var<storage, read_write> dgate: array<f32>; // [tokens, width]
-@group(0) @binding(4) var<storage, read_write> dup: array<f32>; // [tokens, width]
+@group(0) @binding(2) var<storage, read> dout: array<Value>; // [tokens, width]
+@group(0) @binding(3) var<storage, read_write> dgate: array<Value>; // [tokens, width]
+@group(0) @binding(4) var<storage, read_write> dup: array<Value>; // [tokens, width]
 @group(1) @binding(0) var<uniform> b: Backward;
 
 @compute @workgroup_size(64)
 fn forward(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     for (var row = id.y; row < p.tokens; row += groups.y) {
         for (var col = id.x; col < p.width; col += 64u * groups.x) {
-            out[at(p.out, row, col)] = silu(gate[at(p.gate, row, col)]) * up[at(p.up, row, col)];
+            let g = f32(gate[at(p.gate, row, col)]);
+            out[at(p.out, row, col)] = Value(silu(g) * f32(up[at(p.up, row, col)]));
         }
     }
 }
@@ -44,10 +45,10 @@ fn forward(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups
 fn backward(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     for (var row = id.y; row < b.tokens; row += groups.y) {
         for (var col = id.x; col < b.width; col += 64u * groups.x) {
-            let g = gate[at(b.gate, row, col)];
-            let d = dout[at(b.dout, row, col)];
-            dup[at(b.dup, row, col)] = d * silu(g);
-            dgate[at(b.dgate, row, col)] = d * up[at(b.up, row, col)] * silu_derivative(g);
+            let g = f32(gate[at(b.gate, row, col)]);
+            let d = f32(dout[at(b.dout, row, col)]);
+            dup[at(b.dup, row, col)] = Value(d * silu(g));
+            dgate[at(b.dgate, row, col)] = Value(d * f32(up[at(b.up, row, col)]) * silu_derivative(g));
         }
     }
 }

@@ -15,7 +15,7 @@ use super::memory::Window;
 use super::pipelines::{Access, PARAMETERS};
 use super::scratch::Slot;
 use super::shaders::Kernel;
-use crate::backend::{Error, Result, View};
+use crate::backend::{DType, Error, Order, Result, View};
 
 /// An op under way.
 pub(super) struct Call<'g> {
@@ -55,15 +55,50 @@ impl Call<'_> {
         self.gpu.scratch.view(&mut self.gpu.memory, &mut self.gpu.recorder, slot, rows, cols)
     }
 
-    /// How many rows of views that are cut by rows together fit into one binding each; at least 1.
+    /// Values that a binding can show of each of some views, wherever they start.
+    pub fn values_at_once(&self, views: &[View]) -> usize {
+        // A window may start a whole alignment before its view.
+        let bytes = self.gpu.abilities.binding.saturating_sub(self.gpu.abilities.alignment.0 + 4);
+        let fit = |view: &View| usize::try_from(bytes).unwrap_or(usize::MAX) / view.dtype.size();
+        // A shader counts in u32.
+        views.iter().map(fit).min().unwrap_or(usize::MAX).min(u32::MAX as usize / 2)
+    }
+
+    /// Rows that a binding can show of each of some views; at least 1.
     pub fn rows_at_once(&self, views: &[View]) -> usize {
-        let fit = |view: &View| {
-            // A window may start a whole alignment before the view.
-            let values = self.gpu.memory.binding().saturating_sub(1024) as usize / view.dtype.size();
-            (values.saturating_sub(view.cols) / view.stride.max(1)).saturating_add(1)
-        };
+        let values = self.values_at_once(views);
+        let fit = |view: &View| (values.saturating_sub(view.cols) / view.stride.max(1)).saturating_add(1);
         views.iter().map(fit).min().unwrap_or(usize::MAX)
     }
+
+    /// The dtype of activations of one op.
+    ///
+    /// # Errors
+    /// When they have several.
+    pub fn dtype(&self, views: &[View]) -> Result<DType> {
+        let first = views.first().map_or(DType::F32, |view| view.dtype);
+        match views.iter().find(|view| view.dtype != first) {
+            None => Ok(first),
+            Some(other) => Err(Error::Unsupported {
+                backend: "wgpu",
+                op: self.op,
+                what: format!("rows of {first} beside rows of {}", other.dtype),
+            }),
+        }
+    }
+}
+
+/// `0..total` in blocks of `at_once`: the first of each, and how many.
+pub(super) fn blocks(total: usize, at_once: usize) -> impl Iterator<Item = (usize, usize)> {
+    let at_once = at_once.max(1);
+    (0..total).step_by(at_once).map(move |first| (first, at_once.min(total - first)))
+}
+
+/// A matrix without gaps between its rows as a single row.
+pub(super) fn flat(view: View) -> Option<View> {
+    let len = view.len();
+    let contiguous = view.rows <= 1 || view.stride == view.cols;
+    contiguous.then_some(View { order: Order::Rows, rows: 1, cols: len, stride: len, ..view })
 }
 
 /// A dispatch under way; an error of one of its views is given at the end, by [`Dispatch::grid`].

@@ -4,7 +4,7 @@
 //! - `memory`, `scratch`, `transfer`: buffers, the windows of them that a dispatch binds, values from and to the host.
 //! - `shaders`, `pipelines`: files of `shaders/` and the variants of them that are compiled, each once.
 //! - `call`, `recorder`: an op's views and sizes as a dispatch, and dispatches as submissions.
-//! - `dense`, `mixers`, …: the ops, a function each.
+//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each.
 //!
 //! A linear weight (`Order::Weight`) lies row after row. Sums are f32 in an order that the sizes fix; there are no
 //! atomics. Nothing waits but a read.
@@ -12,10 +12,15 @@
 mod adapter;
 mod call;
 mod dense;
+mod elementwise;
+mod loss;
 mod memory;
 mod mixers;
+mod optimiser;
 mod pipelines;
+mod products;
 mod recorder;
+mod rows;
 mod scratch;
 mod shaders;
 mod transfer;
@@ -155,36 +160,17 @@ impl Backend for Wgpu {
     }
 
     calls! {
-        dense: swiglu(Swiglu), swiglu_backward(SwigluBackward);
+        dense: embed(Embed), embed_backward(EmbedBackward), rms_norm(RmsNorm), rms_norm_backward(RmsNormBackward);
+        products: linear(Linear), linear_backward_input(LinearBackwardInput),
+            linear_backward_weight(LinearBackwardWeight);
+        elementwise: swiglu(Swiglu), swiglu_backward(SwigluBackward), rope(Rope), neg_exp(NegExp),
+            neg_exp_backward(NegExpBackward);
         mixers: attention(Attention), attention_backward(AttentionBackward), conv1d(Conv1d),
             conv1d_backward(Conv1dBackward), selective_scan(SelectiveScan),
             selective_scan_backward(SelectiveScanBackward);
-        missing: embed(Embed), embed_backward(EmbedBackward), rms_norm(RmsNorm), rms_norm_backward(RmsNormBackward),
-            linear(Linear), linear_backward_input(LinearBackwardInput), linear_backward_weight(LinearBackwardWeight),
-            rope(Rope), page_write(PageWrite), neg_exp(NegExp), neg_exp_backward(NegExpBackward), head_loss(HeadLoss),
-            head_loss_gradient(HeadLossGradient), argmax(Argmax), sample(Sample), gather(Gather),
-            scatter_add(ScatterAdd), copy(Copy), fill(Fill), scale(Scale), weighted_sum(WeightedSum),
-            squared_norm(SquaredNorm), clip_factor(ClipFactor), adamw(AdamW);
-    }
-}
-
-mod missing {
-    use super::*;
-
-    macro_rules! missing {
-        ($($op:ident($arguments:ident)),*) => {$(
-            pub(super) fn $op(call: &mut Call, _op: &ops::$arguments) -> Result<()> {
-                Err(Error::Unsupported { backend: "wgpu", op: call.op, what: "no shader".into() })
-            }
-        )*};
-    }
-
-    missing! {
-        embed(Embed), embed_backward(EmbedBackward), rms_norm(RmsNorm), rms_norm_backward(RmsNormBackward),
-        linear(Linear), linear_backward_input(LinearBackwardInput), linear_backward_weight(LinearBackwardWeight),
-        rope(Rope), page_write(PageWrite), neg_exp(NegExp), neg_exp_backward(NegExpBackward), head_loss(HeadLoss),
-        head_loss_gradient(HeadLossGradient), argmax(Argmax), sample(Sample), gather(Gather),
-        scatter_add(ScatterAdd), copy(Copy), fill(Fill), scale(Scale), weighted_sum(WeightedSum),
-        squared_norm(SquaredNorm), clip_factor(ClipFactor), adamw(AdamW)
+        loss: head_loss(HeadLoss), head_loss_gradient(HeadLossGradient), argmax(Argmax), sample(Sample);
+        rows: gather(Gather), scatter_add(ScatterAdd), page_write(PageWrite), copy(Copy), fill(Fill), scale(Scale),
+            weighted_sum(WeightedSum);
+        optimiser: squared_norm(SquaredNorm), clip_factor(ClipFactor), adamw(AdamW);
     }
 }

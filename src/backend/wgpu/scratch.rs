@@ -7,8 +7,10 @@ use crate::backend::{BufferId, DType, DeviceId, Order, Result, View};
 /// What scratch is for. An op holds a slot from its first dispatch to its last; two views of one op lie in two slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
-    /// Partial sums of a reduction.
+    /// Partial sums.
     Partials,
+    /// Partial sums of those.
+    Totals,
     /// What the mixers keep between their dispatches.
     Mixer0,
     /// The same.
@@ -17,7 +19,7 @@ pub(super) enum Slot {
     Mixer2,
 }
 
-const SLOTS: usize = 4;
+const SLOTS: usize = 5;
 
 /// The scratch of a device.
 pub(super) struct Scratch {

@@ -9,7 +9,7 @@ use std::fmt::Write;
 use crate::backend::DType;
 
 /// Most types that a shader leaves open.
-pub(super) const MOST_TYPES: usize = 2;
+pub(super) const MOST_TYPES: usize = 4;
 /// Most constants of a kernel.
 pub(super) const MOST_CONSTANTS: usize = 8;
 
@@ -99,7 +99,7 @@ impl Kernel {
 
 /// Declares the shaders, by constant and file, after a file that it begins with, with the types that each leaves open.
 macro_rules! shaders {
-    ($($name:ident = $($include:literal +)? $file:literal $(($($open:literal),*))?;)*) => {
+    ($($name:ident = $([$include:literal])? $file:literal $(($($open:literal),*))?;)*) => {
         $(
             pub(super) static $name: Shader = Shader {
                 name: $file,
@@ -118,8 +118,30 @@ macro_rules! shaders {
 }
 
 shaders! {
-    SWIGLU = "swiglu";
-    ATTENTION = "segments" + "attention" ("Value", "Key");
+    ADAMW = "adamw" ("Weight");
+    CLIP_FACTOR = "clip_factor";
+    COLUMN_SUMS = "column_sums" ("Value");
+    COPY = "copy" ("AnyFrom", "AnyTo");
+    EMBED_BACKWARD = "embed_backward" ("Value");
+    FILL = "fill" ("Value");
+    GATHER = "gather" ("Stored", "Value");
+    GEMV = "gemv" ("Left", "Right", "Bias", "Out");
+    HEAD_LOSS = "head_loss";
+    NEG_EXP = "neg_exp" ("Weight");
+    PAGE_WRITE = ["segments"] "page_write" ("Value", "Key");
+    PRODUCTS = "products" ("Left", "Right", "Bias", "Out");
+    RMS_NORM = "rms_norm" ("Value", "Weight");
+    ROPE = "rope" ("Value");
+    SAMPLE = "sample" ("Value");
+    SCALE = "scale" ("Value");
+    SCATTER_ADD = "scatter_add" ("Value");
+    SQUARED_NORM = "squared_norm";
+    SWIGLU = "swiglu" ("Value");
+    ATTENTION = ["segments"] "attention" ("Value", "Key");
+    ATTENTION_BACKWARD = ["segments"] "attention_backward" ("Value");
+    CONV1D = ["segments"] "conv1d" ("Value", "Weight");
+    SELECTIVE_SCAN = ["segments"] "selective_scan" ("Value");
+    SELECTIVE_SCAN_BACKWARD = ["segments"] "selective_scan_backward" ("Value");
 }
 
 #[cfg(test)]
