@@ -37,9 +37,12 @@ struct Parameters {
     keys: u32,
     slots: u32,
     pages_a_slot: u32,
+    /// Where keys lie in pages, position p of a slot is row `pages[slot, p / page_size]·page_size + p % page_size`; else 0.
     page_size: u32,
-    /// A query at position p sees the keys after p − window.
+    /// A query at position p sees the keys after p − window; 0 is none.
     window: u32,
+    /// Whether the log-sum-exp is wanted, 0 or 1.
+    has_lse: u32,
     scale: f32,
 }
 @group(1) @binding(0) var<uniform> p: Parameters;
@@ -48,18 +51,13 @@ struct Parameters {
 override WIDTH: u32 = 16;
 /// Parts of a head.
 override PARTS: u32 = 1;
-/// Keys lie in pages: position p of a slot in row `pages[slot, p / page_size]·page_size + p % page_size`.
-override PAGED: bool = false;
-/// The log-sum-exp is wanted.
-override LSE: bool = true;
 
 /// Rows of a workgroup.
 override ROWS: u32 = 64;
-/// Keys of a tile, at most 16.
+/// Keys of a tile.
 override KEYS: u32 = 16;
 
 const MOST_WIDTH = 16u;
-const MOST_KEYS = 16u;
 /// Below every score.
 const NONE = -3.0e38;
 
@@ -70,11 +68,25 @@ var<workgroup> scores: array<f32, KEYS * ROWS * PARTS>;
 /// The row of a segment's key.
 fn key_row(owner: Segment, position: u32) -> u32 {
     var row = owner.keys + position;
-    if PAGED {
+    if p.page_size > 0u {
         let page = min(position / p.page_size, p.pages_a_slot - 1u);
         row = pages[at(p.pages, min(owner.slot, p.slots - 1u), page)] * p.page_size + position % p.page_size;
     }
     return min(row, p.keys - 1u);
+}
+
+/// The score of key j of the tile, summed over the parts.
+fn score(j: u32, row: u32) -> f32 {
+    var sum = scores[j * PARTS * ROWS + row];
+    for (var part = 1u; part < PARTS; part++) {
+        sum += scores[(j * PARTS + part) * ROWS + row];
+    }
+    return sum;
+}
+
+/// Whether the query at a position sees a key.
+fn sees(key: u32, position: u32) -> bool {
+    return key <= position && (p.window == 0u || key + p.window > position);
 }
 
 @compute @workgroup_size(ROWS, PARTS)
@@ -113,67 +125,49 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
     let oldest = select(first_position - min(p.window - 1u, first_position), 0u, p.window == 0u);
     for (var start = oldest / KEYS * KEYS; start < end; start += KEYS) {
         workgroupBarrier();
-        for (var i = local.y * ROWS + local.x; i < KEYS * WIDTH * PARTS; i += ROWS * PARTS) {
-            let at_key = start + i / (WIDTH * PARTS);
-            let key = key_row(tile.owner, at_key);
-            let col = i % (WIDTH * PARTS) * 4u;
-            let from_k = at(p.k, key, key_columns + col);
-            let from_v = at(p.v, key, key_columns + col);
-            var key_four = vec4<f32>();
-            var value_four = vec4<f32>();
-            for (var e = 0u; e < 4u; e++) {
-                if at_key < end && col + e < p.head_dim {
-                    key_four[e] = f32(k[from_k + e]);
-                    value_four[e] = f32(v[from_v + e]);
-                }
+        for (var i = local.y * ROWS + local.x; i < 4u * KEYS * WIDTH * PARTS; i += ROWS * PARTS) {
+            let at_key = start + i / (4u * WIDTH * PARTS);
+            let col = i % (4u * WIDTH * PARTS);
+            var of_k = 0.0;
+            var of_v = 0.0;
+            if at_key < end && col < p.head_dim {
+                let key = key_row(tile.owner, at_key);
+                of_k = f32(k[at(p.k, key, key_columns + col)]);
+                of_v = f32(v[at(p.v, key, key_columns + col)]);
             }
-            key_tile[i] = key_four;
-            value_tile[i] = value_four;
+            key_tile[i / 4u][i % 4u] = of_k;
+            value_tile[i / 4u][i % 4u] = of_v;
         }
         workgroupBarrier();
 
-        var score: array<f32, MOST_KEYS>;
         for (var j = 0u; j < KEYS; j++) {
             let at_key = (j * PARTS + part) * WIDTH;
             var products = vec4<f32>();
             for (var i = 0u; i < WIDTH; i++) {
                 products = fma(query[i], key_tile[at_key + i], products);
             }
-            score[j] = (products.x + products.y) + (products.z + products.w);
+            scores[(j * PARTS + part) * ROWS + local.x] = (products.x + products.y) + (products.z + products.w);
         }
         if PARTS > 1u {
-            for (var j = 0u; j < KEYS; j++) {
-                scores[(j * PARTS + part) * ROWS + local.x] = score[j];
-            }
             workgroupBarrier();
-            for (var j = 0u; j < KEYS; j++) {
-                var of_parts = 0.0;
-                for (var other = 0u; other < PARTS; other++) {
-                    of_parts += scores[(j * PARTS + other) * ROWS + local.x];
-                }
-                score[j] = of_parts;
-            }
         }
         var next = largest;
         for (var j = 0u; j < KEYS; j++) {
-            let key = start + j;
-            let seen = is_query && key <= position && (p.window == 0u || key + p.window > position);
-            score[j] = select(NONE, score[j], seen);
-            next = max(next, score[j]);
+            next = max(next, select(NONE, score(j, local.x), sees(start + j, position)));
         }
         let correction = exp(largest - next);
         largest = next;
         total *= correction;
-        for (var j = 0u; j < KEYS; j++) {
-            score[j] = select(0.0, exp(score[j] - largest), score[j] > NONE);
-            total += score[j];
-        }
         for (var i = 0u; i < WIDTH; i++) {
-            var four = sum[i] * correction;
-            for (var j = 0u; j < KEYS; j++) {
-                four = fma(vec4<f32>(score[j]), value_tile[(j * PARTS + part) * WIDTH + i], four);
+            sum[i] *= correction;
+        }
+        for (var j = 0u; j < KEYS; j++) {
+            let weight = select(0.0, exp(score(j, local.x) - largest), sees(start + j, position));
+            total += weight;
+            let at_key = (j * PARTS + part) * WIDTH;
+            for (var i = 0u; i < WIDTH; i++) {
+                sum[i] = fma(vec4<f32>(weight), value_tile[at_key + i], sum[i]);
             }
-            sum[i] = four;
         }
     }
 
@@ -187,7 +181,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
                 }
             }
         }
-        if LSE && local.y == 0u {
+        if p.has_lse != 0u && local.y == 0u {
             lse[at(p.lse, row, head)] = largest + logarithm(total);
         }
     }

@@ -59,11 +59,10 @@ override WIDTH: u32 = 16;
 override PARTS: u32 = 1;
 /// Rows of a workgroup.
 override ROWS: u32 = 64;
-/// Rows of a tile, at most 16.
+/// Rows of a tile.
 override TILE: u32 = 16;
 
 const MOST_WIDTH = 16u;
-const MOST_TILE = 16u;
 
 var<workgroup> first_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of k, or of q times the scale
 var<workgroup> second_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of v, or of dout
@@ -87,11 +86,16 @@ fn products(j: u32, part: u32) -> vec2<f32> {
 
 /// The sum over the parts of what each left for row j of the tile.
 fn over_parts(j: u32, row: u32) -> vec2<f32> {
-    var sum = vec2<f32>();
-    for (var part = 0u; part < PARTS; part++) {
+    var sum = parts[j * PARTS * ROWS + row];
+    for (var part = 1u; part < PARTS; part++) {
         sum += parts[(j * PARTS + part) * ROWS + row];
     }
     return sum;
+}
+
+/// Whether the query at a position sees a key.
+fn sees(key: u32, position: u32) -> bool {
+    return key <= position && (p.window == 0u || key + p.window > position);
 }
 
 @compute @workgroup_size(ROWS, PARTS)
@@ -146,49 +150,33 @@ fn queries(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
     let oldest = select(first_position - min(p.window - 1u, first_position), 0u, p.window == 0u);
     for (var start = oldest / TILE * TILE; start < end; start += TILE) {
         workgroupBarrier();
-        for (var i = local.y * ROWS + local.x; i < TILE * WIDTH * PARTS; i += ROWS * PARTS) {
-            let at_key = start + i / (WIDTH * PARTS);
-            let key = min(tile.owner.keys + at_key, p.keys - 1u);
-            let col = i % (WIDTH * PARTS) * 4u;
-            let k_place = at(p.k, key, key_columns + col);
-            let v_place = at(p.v, key, key_columns + col);
-            var k_four = vec4<f32>();
-            var v_four = vec4<f32>();
-            for (var e = 0u; e < 4u; e++) {
-                if at_key < end && col + e < p.head_dim {
-                    k_four[e] = f32(k[k_place + e]);
-                    v_four[e] = f32(v[v_place + e]);
-                }
+        for (var i = local.y * ROWS + local.x; i < 4u * TILE * WIDTH * PARTS; i += ROWS * PARTS) {
+            let at_key = start + i / (4u * WIDTH * PARTS);
+            let col = i % (4u * WIDTH * PARTS);
+            var of_k = 0.0;
+            var of_v = 0.0;
+            if at_key < end && col < p.head_dim {
+                let key = min(tile.owner.keys + at_key, p.keys - 1u);
+                of_k = f32(k[at(p.k, key, key_columns + col)]);
+                of_v = f32(v[at(p.v, key, key_columns + col)]);
             }
-            first_tile[i] = k_four;
-            second_tile[i] = v_four;
+            first_tile[i / 4u][i % 4u] = of_k;
+            second_tile[i / 4u][i % 4u] = of_v;
         }
         workgroupBarrier();
 
-        var weight: array<vec2<f32>, MOST_TILE>;
         for (var j = 0u; j < TILE; j++) {
-            weight[j] = products(j, part);
+            parts[(j * PARTS + part) * ROWS + local.x] = products(j, part);
         }
         if PARTS > 1u {
-            for (var j = 0u; j < TILE; j++) {
-                parts[(j * PARTS + part) * ROWS + local.x] = weight[j];
-            }
             workgroupBarrier();
-            for (var j = 0u; j < TILE; j++) {
-                weight[j] = over_parts(j, local.x);
-            }
         }
         for (var j = 0u; j < TILE; j++) {
-            let key = start + j;
-            let seen = is_query && key <= position && (p.window == 0u || key + p.window > position);
-            weight[j].x = select(0.0, exp(weight[j].x - own_lse) * (weight[j].y - d), seen);
-        }
-        for (var i = 0u; i < WIDTH; i++) {
-            var four = sum[i];
-            for (var j = 0u; j < TILE; j++) {
-                four = fma(vec4<f32>(weight[j].x), first_tile[(j * PARTS + part) * WIDTH + i], four);
+            let both = over_parts(j, local.x);
+            let ds = select(0.0, exp(both.x - own_lse) * (both.y - d), is_query && sees(start + j, position));
+            for (var i = 0u; i < WIDTH; i++) {
+                sum[i] = fma(vec4<f32>(ds), first_tile[(j * PARTS + part) * WIDTH + i], sum[i]);
             }
-            sum[i] = four;
         }
     }
 
@@ -276,21 +264,17 @@ fn keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
         let columns = head * p.head_dim;
         for (var start = begin / TILE * TILE; start < end; start += TILE) {
             workgroupBarrier();
-            for (var i = local.y * ROWS + local.x; i < TILE * WIDTH * PARTS; i += ROWS * PARTS) {
-                let query = start + i / (WIDTH * PARTS);
-                let col = i % (WIDTH * PARTS) * 4u;
-                let q_place = at(p.q, tile.owner.start + query, columns + col);
-                let dout_place = at(p.dout, tile.owner.start + query, columns + col);
-                var q_four = vec4<f32>();
-                var dout_four = vec4<f32>();
-                for (var e = 0u; e < 4u; e++) {
-                    if query < end && col + e < p.head_dim {
-                        q_four[e] = p.scale * f32(q[q_place + e]);
-                        dout_four[e] = f32(dout[dout_place + e]);
-                    }
+            for (var i = local.y * ROWS + local.x; i < 4u * TILE * WIDTH * PARTS; i += ROWS * PARTS) {
+                let query = start + i / (4u * WIDTH * PARTS);
+                let col = i % (4u * WIDTH * PARTS);
+                var of_q = 0.0;
+                var of_dout = 0.0;
+                if query < end && col < p.head_dim {
+                    of_q = p.scale * f32(q[at(p.q, tile.owner.start + query, columns + col)]);
+                    of_dout = f32(dout[at(p.dout, tile.owner.start + query, columns + col)]);
                 }
-                first_tile[i] = q_four;
-                second_tile[i] = dout_four;
+                first_tile[i / 4u][i % 4u] = of_q;
+                second_tile[i / 4u][i % 4u] = of_dout;
             }
             for (var i = local.y * ROWS + local.x; i < TILE; i += ROWS * PARTS) {
                 if start + i < end {
@@ -300,36 +284,22 @@ fn keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
             }
             workgroupBarrier();
 
-            var weight: array<vec2<f32>, MOST_TILE>;
             for (var j = 0u; j < TILE; j++) {
-                weight[j] = products(j, part);
+                parts[(j * PARTS + part) * ROWS + local.x] = products(j, part);
             }
             if PARTS > 1u {
-                for (var j = 0u; j < TILE; j++) {
-                    parts[(j * PARTS + part) * ROWS + local.x] = weight[j];
-                }
                 workgroupBarrier();
-                for (var j = 0u; j < TILE; j++) {
-                    weight[j] = over_parts(j, local.x);
-                }
             }
             for (var j = 0u; j < TILE; j++) {
-                let query = start + j + past;
-                let seen = is_key && start + j < end && position <= query
-                    && (p.window == 0u || position + p.window > query);
-                let probability = select(0.0, exp(weight[j].x - row_tile[j].x), seen);
-                weight[j] = vec2<f32>(select(0.0, probability * (weight[j].y - row_tile[j].y), seen), probability);
-            }
-            for (var i = 0u; i < WIDTH; i++) {
-                var k_four = k_sum[i];
-                var v_four = v_sum[i];
-                for (var j = 0u; j < TILE; j++) {
+                let both = over_parts(j, local.x);
+                let seen = is_key && start + j < end && sees(position, start + j + past);
+                let probability = select(0.0, exp(both.x - row_tile[j].x), seen);
+                let ds = select(0.0, probability * (both.y - row_tile[j].y), seen);
+                for (var i = 0u; i < WIDTH; i++) {
                     let place = (j * PARTS + part) * WIDTH + i;
-                    k_four = fma(vec4<f32>(weight[j].x), first_tile[place], k_four);
-                    v_four = fma(vec4<f32>(weight[j].y), second_tile[place], v_four);
+                    k_sum[i] = fma(vec4<f32>(ds), first_tile[place], k_sum[i]);
+                    v_sum[i] = fma(vec4<f32>(probability), second_tile[place], v_sum[i]);
                 }
-                k_sum[i] = k_four;
-                v_sum[i] = v_four;
             }
         }
     }

@@ -47,6 +47,13 @@ struct Forward {
     head: u32,
     repeat: u32,
     slots: u32,
+    /// What there is, 0 or 1.
+    repeat_first: u32,
+    has_bias: u32,
+    has_state_in: u32,
+    has_state_out: u32,
+    /// The state before is what lies at `state_out`.
+    in_place: u32,
 }
 
 struct Backward {
@@ -66,6 +73,12 @@ struct Backward {
     head: u32,
     repeat: u32,
     slots: u32,
+    /// What there is, 0 or 1.
+    repeat_first: u32,
+    has_bias: u32,
+    has_state_in: u32,
+    has_dstate_out: u32,
+    has_dstate_in: u32,
 }
 
 struct Sum {
@@ -76,6 +89,9 @@ struct Sum {
     capacity: u32,
     tokens: u32,
     filters: u32,
+    /// What is wanted, 0 or 1.
+    has_dweight: u32,
+    has_dbias: u32,
 }
 
 @group(1) @binding(0) var<uniform> p: Forward;
@@ -86,31 +102,11 @@ struct Sum {
 override WIDTH: u32 = 4;
 /// Rows of a chunk.
 override CHUNK: u32 = 32;
-/// Every output channel has a filter of its own.
-override REPEAT_FIRST: bool = true;
-override BIAS: bool = true;
-override STATE_IN: bool = false;
-override STATE_OUT: bool = false;
-/// `state_in` is what lies at `state_out`.
-override IN_PLACE: bool = false;
-override DSTATE_OUT: bool = false;
-override DSTATE_IN: bool = false;
-/// What `reduce` adds to.
-override DWEIGHT: bool = true;
-override DBIAS: bool = true;
-
 const MOST_WIDTH = 16u;
 
 /// The output channel of repeat r of an input channel.
 fn output_channel(channel: u32, head: u32, repeat: u32, r: u32) -> u32 {
     return (channel / head * repeat + r) * head + channel % head;
-}
-
-fn state_before(place: u32) -> f32 {
-    if IN_PLACE {
-        return state_out[place];
-    }
-    return state_in[place];
 }
 
 @compute @workgroup_size(64)
@@ -128,14 +124,17 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(global_invocation_i
         before[k] = 0.0;
         if part.first > 0u {
             before[k] = f32(x[at(p.x, start - WIDTH + k, channel)]);
-        } else if (STATE_IN || IN_PLACE) && part.owner.past > 0u {
-            let view = select(p.state_in, p.state_out, IN_PLACE);
-            before[k] = state_before(at(view, slot, channel * WIDTH + k));
+        } else if p.has_state_in != 0u && part.owner.past > 0u {
+            if p.in_place != 0u {
+                before[k] = state_out[at(p.state_out, slot, channel * WIDTH + k)];
+            } else {
+                before[k] = state_in[at(p.state_in, slot, channel * WIDTH + k)];
+            }
         }
     }
     for (var r = 0u; r < p.repeat; r++) {
         let to = output_channel(channel, p.head, p.repeat, r);
-        let filter_row = select(channel, to, REPEAT_FIRST);
+        let filter_row = select(channel, to, p.repeat_first != 0u);
         var taps: array<f32, MOST_WIDTH>;
         var inputs: array<f32, MOST_WIDTH>;
         for (var k = 0u; k < WIDTH; k++) {
@@ -143,7 +142,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(global_invocation_i
             inputs[k] = before[k];
         }
         var offset = 0.0;
-        if BIAS {
+        if p.has_bias != 0u {
             offset = f32(bias[at(p.bias, 0u, filter_row)]);
         }
         for (var t = 0u; t < part.count; t++) {
@@ -157,7 +156,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(global_invocation_i
             out[at(p.out, start + t, to)] = Value(silu(a));
         }
     }
-    if (STATE_OUT || IN_PLACE) && part.first == 0u {
+    if p.has_state_out != 0u && part.first == 0u {
         for (var k = 0u; k < WIDTH; k++) {
             // The last WIDTH of the inputs before and the segment's own.
             let place = part.owner.len + k;
@@ -201,7 +200,7 @@ fn backward(
     }
     for (var r = 0u; r < b.repeat; r++) {
         let to = output_channel(channel, b.head, b.repeat, r);
-        let filter_row = select(channel, to, REPEAT_FIRST);
+        let filter_row = select(channel, to, b.repeat_first != 0u);
         var taps: array<f32, MOST_WIDTH>;
         var inputs: array<f32, MOST_WIDTH>;
         for (var k = 0u; k < WIDTH; k++) {
@@ -209,12 +208,12 @@ fn backward(
             inputs[k] = 0.0;
             if part.first > 0u {
                 inputs[k] = f32(x[at(b.x, start - WIDTH + k, channel)]);
-            } else if STATE_IN && part.owner.past > 0u {
+            } else if b.has_state_in != 0u && part.owner.past > 0u {
                 inputs[k] = state_in[at(b.state_in, slot, channel * WIDTH + k)];
             }
         }
         var offset = 0.0;
-        if BIAS {
+        if b.has_bias != 0u {
             offset = f32(bias[at(b.bias, 0u, filter_row)]);
         }
         for (var t = 0u; t < min(part.count + WIDTH - 1u, rest); t++) {
@@ -237,7 +236,7 @@ fn backward(
             }
             bias_sum += select(0.0, da, t < part.count);
         }
-        if REPEAT_FIRST || r + 1u == b.repeat {
+        if b.repeat_first != 0u || r + 1u == b.repeat {
             for (var k = 0u; k < WIDTH; k++) {
                 partials[at(b.partials, group.y, filter_row * (WIDTH + 1u) + k)] = sums[k];
                 sums[k] = 0.0;
@@ -249,17 +248,17 @@ fn backward(
     for (var t = 0u; t < part.count; t++) {
         var d = dinputs[(WIDTH + t) * 64u + lane];
         let from_end = rest - t;
-        if DSTATE_OUT && from_end <= WIDTH {
+        if b.has_dstate_out != 0u && from_end <= WIDTH {
             d += dstate_out[at(b.dstate_out, slot, channel * WIDTH + WIDTH - from_end)];
         }
         dx[at(b.dx, start + t, channel)] = Value(d);
     }
-    if DSTATE_IN && part.first == 0u {
+    if b.has_dstate_in != 0u && part.first == 0u {
         for (var k = 0u; k < WIDTH; k++) {
             var d = 0.0;
             if part.owner.past > 0u {
                 d = dinputs[k * 64u + lane];
-                if DSTATE_OUT && k >= part.owner.len {
+                if b.has_dstate_out != 0u && k >= part.owner.len {
                     d += dstate_out[at(b.dstate_out, slot, channel * WIDTH + k - part.owner.len)];
                 }
             }
@@ -284,10 +283,10 @@ fn reduce(@builtin(global_invocation_id) id: vec3<u32>) {
     for (var i = 0u; i < chunks; i++) {
         sum += chunk_sums[at(s.chunk_sums, i, id.x)];
     }
-    if DWEIGHT && k < WIDTH {
+    if s.has_dweight != 0u && k < WIDTH {
         dweight[at(s.dweight, row, k)] += sum;
     }
-    if DBIAS && k == WIDTH {
+    if s.has_dbias != 0u && k == WIDTH {
         dbias[at(s.dbias, 0u, row)] += sum;
     }
 }

@@ -62,11 +62,12 @@ struct Parameters {
 }
 @group(1) @binding(0) var<uniform> p: Parameters;
 
-/// Channels of a block, and vectors of four states of a channel.
-override CHANNELS: u32 = 16;
+/// Vectors of four states of a channel, a power of two; what d_state lacks is 0.
 override QUADS: u32 = 4;
-override LANES: u32 = 64; // CHANNELS · QUADS
+/// Channels of a block.
+override CHANNELS: u32 = 16; // LANES / QUADS
 
+const LANES = 64u;
 const TILE = 16u;
 
 var<workgroup> step_tile: array<f32, TILE * CHANNELS>; // dt
@@ -128,20 +129,16 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             step_tile[i] = step;
             input_tile[i] = input;
         }
-        for (var i = lane; i < rows * QUADS; i += LANES) {
-            let m = i % QUADS * 4u;
-            let from_b = at(p.projected, row + i / QUADS, b_col + m);
-            let from_c = at(p.projected, row + i / QUADS, c_col + m);
-            var b_four = vec4<f32>();
-            var c_four = vec4<f32>();
-            for (var e = 0u; e < 4u; e++) {
-                if m + e < p.d_state {
-                    b_four[e] = f32(projected[from_b + e]);
-                    c_four[e] = f32(projected[from_c + e]);
-                }
+        for (var i = lane; i < rows * 4u * QUADS; i += LANES) {
+            let m = i % (4u * QUADS);
+            var of_b = 0.0;
+            var of_c = 0.0;
+            if m < p.d_state {
+                of_b = f32(projected[at(p.projected, row + i / (4u * QUADS), b_col + m)]);
+                of_c = f32(projected[at(p.projected, row + i / (4u * QUADS), c_col + m)]);
             }
-            b_tile[i] = b_four;
-            c_tile[i] = c_four;
+            b_tile[i / 4u][i % 4u] = of_b;
+            c_tile[i / 4u][i % 4u] = of_c;
         }
         if p.has_saved != 0u && mine {
             let to = min(owner.start / TILE + group.y + start / TILE, p.saved_rows - 1u);
