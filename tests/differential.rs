@@ -119,6 +119,25 @@ differential! {
 }
 
 #[test]
+fn matrices_over_the_limit_of_a_binding_are_split_on_wgpu() {
+    // Weights and activations of up to 160 kB.
+    let Ok((device, counters)) = wgpu::device_with(40_000) else {
+        wgpu_device();
+        return;
+    };
+    let split =
+        ["embed", "linear", "rms_norm", "swiglu", "neg_exp", "copy", "fill", "scale", "weighted", "squared", "adamw"];
+    for case in cases::CASES.iter().filter(|case| split.iter().any(|name| case.name.starts_with(name))) {
+        for seed in 0..6 {
+            if let Err(failure) = case.run(&device, seed) {
+                panic!("{} (seed {seed}): {failure}", case.name);
+            }
+        }
+    }
+    assert!(counters.dispatches() > 0);
+}
+
+#[test]
 fn cpu_gives_the_same_bits_on_any_number_of_threads_and_any_instruction_set() {
     let one = cpu::device(NonZeroUsize::new(1)).unwrap();
     let others = Simd::all().into_iter().flat_map(|simd| [2, 3].map(|threads| (simd, NonZeroUsize::new(threads))));

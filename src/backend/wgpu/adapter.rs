@@ -33,7 +33,6 @@ pub(super) struct Opened {
     pub abilities: Abilities,
     /// The adapter as a person knows it.
     pub name: String,
-    /// Whether it is a real GPU, and no program that plays one.
     pub failure: Failure,
 }
 

@@ -40,11 +40,6 @@ impl Memory {
         Memory { device: device.clone(), name: name.into(), abilities, buffers: HashMap::new(), next: 0 }
     }
 
-    /// Bytes that a binding can show at most.
-    pub fn binding(&self) -> u64 {
-        self.abilities.binding
-    }
-
     /// That there is no memory for so much.
     pub fn out_of_memory(&self, what: &str, bytes: usize) -> Error {
         Error::OutOfMemory { device: self.name.clone(), what: what.into(), bytes }

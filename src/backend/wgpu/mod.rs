@@ -33,7 +33,7 @@ use memory::Memory;
 use pipelines::Pipelines;
 pub use recorder::Counters;
 use recorder::Recorder;
-use scratch::Scratch;
+use scratch::{Scratch, Slot};
 use transfer::Stages;
 
 use super::{Backend, BackendInfo, BufferId, DType, Device, Error, HostSlice, Largest, Readback, Result, View, ops};
@@ -65,15 +65,18 @@ struct Gpu {
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
 pub fn device() -> Result<Device> {
-    device_with_counters().map(|(device, _)| device)
+    device_with(u64::MAX).map(|(device, _)| device)
 }
 
-/// [`device`], with the numbers of what is handed to it.
+/// [`device`] with a binding of at most `binding` bytes, if the adapter allows as much; and the numbers of what is handed
+/// to it.
 ///
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
-pub fn device_with_counters() -> Result<(Device, Counters)> {
-    let gpu = Gpu::new(adapter::open(&adapter::choose()?)?)?;
+pub fn device_with(binding: u64) -> Result<(Device, Counters)> {
+    let mut opened = adapter::open(&adapter::choose()?)?;
+    opened.abilities.binding = opened.abilities.binding.min(binding);
+    let gpu = Gpu::new(opened)?;
     let counters = gpu.recorder.counters();
     let dtypes = if gpu.abilities.f16 { vec![DType::F32, DType::F16] } else { vec![DType::F32] };
     let info =
@@ -147,8 +150,14 @@ impl Backend for Wgpu {
         gpu.memory.free(buffer);
     }
 
-    fn reserve(&self, _largest: &Largest) -> Result<()> {
-        Ok(())
+    fn reserve(&self, largest: &Largest) -> Result<()> {
+        self.gpu("reserve", |gpu| {
+            let mut call = Call { op: "reserve", gpu };
+            for (slot, values) in rows::sums(largest.tokens, largest.width) {
+                call.scratch(slot, 1, values)?;
+            }
+            call.scratch(Slot::Partials, 1, optimiser::MOST_SUMS.max(largest.tokens * largest.heads)).map(drop)
+        })
     }
 
     fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()> {

@@ -7,8 +7,8 @@ use crate::backend::{DType, Result, ops};
 
 /// Invocations of a workgroup of these shaders.
 const LANES: usize = 256;
-/// Workgroups that a sum is spread over at most.
-const MOST_SUMS: usize = 512;
+/// Workgroups that a sum over a binding is spread over at most.
+pub(super) const MOST_SUMS: usize = 512;
 
 pub(super) fn squared_norm(call: &mut Call, op: &ops::SquaredNorm) -> Result<()> {
     call.check([op.x, op.out])?;

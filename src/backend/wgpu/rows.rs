@@ -105,6 +105,12 @@ pub(super) fn column_sums(call: &mut Call, values: View, weights: Option<View>, 
     Ok(())
 }
 
+/// The scratch of a sum over so many rows of so many columns.
+pub(super) fn sums(rows: usize, cols: usize) -> [(Slot, usize); 2] {
+    let runs = rows.div_ceil(RUN);
+    [(Slot::Partials, runs.saturating_mul(cols)), (Slot::Totals, runs.div_ceil(RUN).saturating_mul(cols))]
+}
+
 /// Runs of rows into one row each, in the slots by turns, until one run is left, which adds to out.
 pub(super) fn add_up(
     call: &mut Call,
