@@ -86,11 +86,19 @@ pub(super) fn is_hardware(adapter: &wgpu::Adapter) -> bool {
     adapter.get_info().device_type != wgpu::DeviceType::Cpu
 }
 
-/// An adapter as a person knows it.
+/// An adapter as a person knows it, with what it has and lacks.
 pub(super) fn describe(adapter: &wgpu::Adapter) -> String {
     let info = adapter.get_info();
     let driver = [info.driver, info.driver_info].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>();
-    format!("{}, {} {}", info.name, info.backend, driver.join(" ")).trim_end().into()
+    let (Abilities { f16, timestamps, subgroups, binding, .. }, _, _) = abilities(adapter);
+    let lanes = match subgroups {
+        (0, _) => "no subgroups".into(),
+        (least, most) if least == most => format!("subgroups of {least}"),
+        (least, most) => format!("subgroups of {least} to {most}"),
+    };
+    let has = |there: bool, what: &str| if there { what.into() } else { format!("no {what}") };
+    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), format!("{} MiB a binding", binding >> 20)];
+    format!("{}, {} {}; {}", info.name, info.backend, driver.join(" "), has.join(", "))
 }
 
 /// The adapter to use: the first real GPU, else the first; with the environment's `WGPU_ADAPTER_NAME`, the first whose

@@ -93,6 +93,11 @@ pub fn describe() -> Result<(String, bool)> {
     Ok((adapter::describe(&adapter), adapter::is_hardware(&adapter)))
 }
 
+/// Every adapter of this machine with what it has and lacks, real GPUs first.
+pub fn adapters() -> Vec<String> {
+    adapter::adapters().iter().map(adapter::describe).collect()
+}
+
 impl Gpu {
     fn new(opened: Opened) -> Result<Self> {
         let Opened { device, queue, abilities, name, failure } = opened;

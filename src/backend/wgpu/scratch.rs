@@ -7,19 +7,13 @@ use crate::backend::{BufferId, DType, DeviceId, Order, Result, View};
 /// What scratch is for. An op holds a slot from its first dispatch to its last; two views of one op lie in two slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Slot {
-    /// Partial sums.
+    /// Partial sums, and what an op keeps between its dispatches.
     Partials,
     /// Partial sums of those.
     Totals,
-    /// What the mixers keep between their dispatches.
-    Mixer0,
-    /// The same.
-    Mixer1,
-    /// The same.
-    Mixer2,
 }
 
-const SLOTS: usize = 5;
+const SLOTS: usize = 2;
 
 /// The scratch of a device.
 pub(super) struct Scratch {

@@ -49,7 +49,7 @@ impl Gpu {
             let mut offset = dst.offset * size + i * stride;
             let mut run = run;
             // A queue writes whole words: a half value at either end goes with its neighbour.
-            if offset % 4 != 0 {
+            if !offset.is_multiple_of(4) {
                 let (first, rest) = run.split_at(2.min(run.len()));
                 self.half_word(&raw, offset, first)?;
                 (offset, run) = (offset + 2, rest);
