@@ -6,7 +6,7 @@ use std::path::Path;
 use h1::backend::cpu::{self, simd::Simd};
 use h1::backend::cuda::{self, emulated};
 use h1::backend::ops::{Linear, RmsNorm, Swiglu};
-use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference};
+use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference, wgpu};
 
 /// Sizes that each case is run at: fewer where the CPU stands in for a card, and fewer still where it is watched.
 fn rounds(device: &Device) -> u64 {
@@ -105,7 +105,19 @@ fn emulated_card(order: u32) -> Device {
 /// Set in a process that was started with the sanitizers' libraries.
 const SANITIZE: &str = "H1_EMULATE_SANITIZED";
 
-/// The suite of a backend: a line a backend, with a device where there is one.
+/// The device of the WGSL backend; `None`, said in words, where there is no adapter. In CI that is a failure.
+fn wgpu_device() -> Option<Device> {
+    match wgpu::device() {
+        Ok(device) => Some(device),
+        Err(error) if std::env::var_os("CI").is_none() => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The suite of a backend: a line a backend, which opens it, or skips it with `None`.
 macro_rules! differential {
     ($($backend:ident: $open:expr;)*) => {$(
         mod $backend {
@@ -135,6 +147,26 @@ differential! {
     on_cpu: Some(cpu::device(NonZeroUsize::new(2)).unwrap());
     on_cuda: card();
     on_cuda_emulated: Some(emulated_card(0));
+    on_wgpu: wgpu_device();
+}
+
+#[test]
+fn matrices_over_the_limit_of_a_binding_are_split_on_wgpu() {
+    // Weights and activations of up to 160 kB.
+    let Ok((device, counters)) = wgpu::device_with(40_000) else {
+        wgpu_device();
+        return;
+    };
+    let split =
+        ["embed", "linear", "rms_norm", "swiglu", "neg_exp", "copy", "fill", "scale", "weighted", "squared", "adamw"];
+    for case in cases::CASES.iter().filter(|case| split.iter().any(|name| case.name.starts_with(name))) {
+        for seed in 0..6 {
+            if let Err(failure) = case.run(&device, seed) {
+                panic!("{} (seed {seed}): {failure}", case.name);
+            }
+        }
+    }
+    assert!(counters.dispatches() > 0);
 }
 
 #[test]

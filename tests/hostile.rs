@@ -148,7 +148,7 @@ fn a_gguf_cut_anywhere_is_refused() {
         let whole = fs::read(tests().join(name)).unwrap();
         open_gguf(&whole).unwrap();
         // Every place of the header, and hundreds among the values.
-        let places = (0..2048).chain((2048..whole.len()).step_by(97)).chain([whole.len() - 32]);
+        let places = (4..2048).chain((2048..whole.len()).step_by(97)).chain([whole.len() - 32]);
         for length in places.filter(|length| *length < whole.len()) {
             let error = refusal(&whole[..length]);
             assert!(error.contains("cut") || error.contains("more than the rest"), "cut to {length} bytes: {error}");
@@ -192,7 +192,7 @@ fn tensors_that_overlap_are_misplaced_or_of_unknown_types_are_refused_by_name() 
     let pair = |offset: u64| Gguf::new().tensor("a", &[16], 0, 0).tensor("b", &[16], 0, offset).data(128).bytes();
     assert!(refusal(&pair(32)).contains("tensor b overlaps tensor a"));
     assert!(refusal(&pair(0)).contains("overlaps"));
-    assert!(refusal(&pair(65)).contains("tensor b starts at 65"));
+    assert!(refusal(&pair(63)).contains("tensor b starts at 63"));
     assert!(refusal(&pair(96)).contains("tensor b takes 64 bytes"));
     let twice = Gguf::new().tensor("a", &[0], 0, 0).tensor("a", &[0], 0, 0).bytes();
     assert!(refusal(&twice).contains("tensor a is there twice"));

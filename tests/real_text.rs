@@ -124,7 +124,16 @@ fn tekken_gives_back_every_problem_and_every_byte() {
     let (Some(path), Some(test)) = (model("tekken_240911.json"), gsm8k("test")) else { return };
     let tokenizer = Tokenizer::from_tekken(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!((tokenizer.vocabulary_size(), tokenizer.bos(), tokenizer.eos()), (131_072, Some(1), Some(2)));
-    ids(&tokenizer, &test);
+    // By tiktoken.
+    let known = (247_231, "5bba6cc18d0ef86728508121455821d5955090c64c252997bf6ab94e75362d75".to_owned());
+    assert_eq!(ids(&tokenizer, &test), known);
+    assert_eq!(
+        tokenizer.encode("I'VE  12345 \r\n\r\n  ²³ ½ é漢🦀 camelCase HTTPServer", false).unwrap(),
+        [
+            1073, 1039, 16578, 1032, 1032, 1049, 1050, 1051, 1052, 1053, 1032, 1013, 1010, 1013, 1010, 1032, 1032, 16077,
+            32168, 1032, 28504, 1782, 42576, 1162, 1240, 1159, 1166, 1128, 98537, 11139, 23733, 11473
+        ]
+    );
     assert!(tokenizer.missing_bytes().is_empty());
     round_trips(&tokenizer);
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use h1::backend::ops::{LossWeights, Sample, Scaling};
 use h1::backend::select::{self, Name};
-use h1::backend::{DType, Device, Segments};
+use h1::backend::{DType, Device, Segments, wgpu};
 use h1::bench::shapes::{Shape, random_model};
 use h1::model::config::{BlockKind, ModelConfig};
 use h1::model::{Activations, Cache, Column, FinalNorm, Keep, Logits, LossKind, Model};
@@ -164,6 +164,9 @@ const ATTENTION: u64 = 10;
 const MAMBA: u64 = 8;
 const MLP: u64 = 5;
 const FORWARD: u64 = 1 + 2 * (ATTENTION + MLP) + 2 * (MAMBA + MLP);
+/// Dispatches of the WGSL backend for a decoded token, an op each, and for a training step, where sums take several.
+const DISPATCHES_OF_A_TOKEN: u64 = FORWARD + CHOICE;
+const DISPATCHES_OF_A_STEP: u64 = 300;
 /// Gathered rows, norm, head, choice.
 const CHOICE: u64 = 4;
 
@@ -196,6 +199,34 @@ fn a_training_step_launches_a_number_of_ops_that_holds() {
             assert_eq!([first, second], [expected; 2], "{name}, recompute {recompute}");
         }
     }
+}
+
+#[test]
+fn steps_on_wgpu_are_a_number_of_dispatches_and_few_submissions() {
+    let _alone = alone();
+    let (device, counters) = match wgpu::device_with(u64::MAX) {
+        Ok(opened) => opened,
+        // A machine without an adapter says so; in CI that is a failure.
+        Err(error) if std::env::var_os("CI").is_none() => return println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    };
+    let handed = |run: &mut dyn FnMut()| {
+        let before = (counters.dispatches(), counters.submissions());
+        run();
+        (counters.dispatches() - before.0, counters.submissions() - before.1)
+    };
+    let model = hybrid(&device);
+    let mut decoder = Decoder::new(&model, 40, 2);
+    decoder.step(&[5; 40], &segments(2, 20, 0), &[19, 39]);
+    let token = handed(&mut || decoder.step(&[6; 2], &segments(2, 1, 20), &[0, 1]));
+    let mut trainer = trainer(&device, 12, false);
+    let mut step = || {
+        trainer.step(&batch(12), 1e-3).unwrap();
+    };
+    step();
+    let step = handed(&mut step);
+    assert_eq!([token.0, step.0], [DISPATCHES_OF_A_TOKEN, DISPATCHES_OF_A_STEP]);
+    assert!(token.1 <= 4 && step.1 <= 12, "submissions of a token and of a step: {} and {}", token.1, step.1);
 }
 
 #[test]

@@ -34,12 +34,13 @@ static METER: Meter = Meter;
 const ALWAYS: usize = 1 << 20;
 
 /// Runs `work`, which reads `bytes` bytes; panics when it held more than `times` as many, and a little.
-pub fn metered(bytes: usize, times: usize, work: impl FnOnce()) {
+pub fn metered<T>(bytes: usize, times: usize, work: impl FnOnce() -> T) -> T {
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);
-    work();
+    let result = work();
     let most = (MOST.load(Relaxed) - before) as usize;
     assert!(most <= times * bytes + ALWAYS, "{most} bytes held for {bytes} bytes of input");
+    result
 }
 
 /// A folder of this process, in memory where the system has one there.
@@ -49,4 +50,10 @@ pub fn folder() -> PathBuf {
     let folder = above.join(format!("h1-fuzz-{}", std::process::id()));
     std::fs::create_dir_all(&folder).expect("a folder for the input");
     folder
+}
+
+/// Lets a panic that h1 takes for an error of a library reach it: the fuzzer would end the process at once.
+pub fn contain_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| std::panic::set_hook(Box::new(|_| ())));
 }

@@ -21,6 +21,7 @@ pub mod reference;
 mod segments;
 pub mod select;
 mod view;
+pub mod wgpu;
 
 use check::Checked;
 pub use device::{Buffer, Device, SegmentsBuffer};

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use super::reference::Reference;
-use super::{Backend, Device, Error, Result, cpu, cuda};
+use super::{Backend, Device, Result, cpu, cuda, wgpu};
 
 /// A backend as asked for on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,18 +52,14 @@ impl std::str::FromStr for Name {
 /// When the backend is not in this build, or cannot be used on this machine.
 pub fn open(name: Name, threads: Option<NonZeroUsize>) -> Result<Device> {
     match name {
-        Name::Auto => cuda::device().or_else(|_no_card| cpu::device(threads)),
+        Name::Auto => cuda::device().or_else(|_no_card| match wgpu::describe() {
+            Ok((_, true)) => wgpu::device(),
+            _ => cpu::device(threads),
+        }),
+        Name::Cuda => cuda::device(),
+        Name::Wgpu => wgpu::device(),
         Name::Cpu => cpu::device(threads),
         Name::Reference => Ok(Device::new(Reference::new())),
-        Name::Cuda => cuda::device(),
-        Name::Wgpu => Err(missing(name)),
-    }
-}
-
-fn missing(name: Name) -> Error {
-    Error::Unavailable {
-        backend: name.to_string(),
-        why: "this build does not have it; cuda, cpu and reference are there".into(),
     }
 }
 
@@ -73,13 +69,14 @@ pub fn list(threads: Option<NonZeroUsize>) -> Vec<(Name, Result<String>)> {
         Name::Auto | Name::Cpu => Ok(cpu::describe(threads)),
         Name::Reference => Ok(Reference::new().info().device.clone()),
         Name::Cuda => cuda::describe(),
-        Name::Wgpu => Err(missing(name)),
+        Name::Wgpu => wgpu::describe().map(|(device, _)| device),
     };
     ALL.into_iter().map(|name| (name, found(name))).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::Error;
     use super::*;
 
     #[test]
@@ -94,7 +91,7 @@ mod tests {
     fn every_backend_is_listed_with_a_device_or_a_reason() {
         for (name, found) in list(NonZeroUsize::new(2)) {
             match found {
-                Ok(device) => assert!(!device.is_empty()),
+                Ok(device) => assert!(!device.is_empty(), "{name}"),
                 Err(Error::Unavailable { backend, .. }) => assert_eq!(backend, name.to_string()),
                 Err(error) => panic!("{name}: {error}"),
             }

@@ -24,7 +24,7 @@ const CARDS: [Card; 2] = [
 ];
 
 /// Sizes that a card without a data sheet is measured at: of a square product, and values of a copy.
-const SIZES: (usize, usize) = (4096, 1 << 27);
+const SIZES: (usize, usize) = (2048, 1 << 25);
 
 /// The limits that work on a device is held against, with matrices in `dtype`: the processor's where it computes on
 /// `threads` of them, the card's by its data sheet, or what an unknown card reaches within about `budget` each.

@@ -27,7 +27,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 /// The folder or GGUF file that MODEL stands for: itself, from `base` on if it is relative, or the downloaded copy of
 /// `hub:ORG/NAME`, with `/FILE.gguf` for a GGUF file in it and `@REVISION` for another branch, tag or commit than main.
 ///
-/// The environment says where the hub is (`HF_ENDPOINT`) and the cache (`HF_HOME`). A model that is whole in the cache is not
+/// The environment says where the hub is (`HF_ENDPOINT`) and the cache (`HF_HOME`), and may have a token (`HF_TOKEN`). A model that is whole in the cache is not
 /// asked for again.
 ///
 /// # Errors
@@ -44,6 +44,7 @@ pub fn locate(base: &Path, model: &Path) -> Result<PathBuf> {
 pub struct Hub {
     endpoint: String,
     cache: Cache,
+    token: Option<String>,
 }
 
 /// A model on a hub.
@@ -88,12 +89,13 @@ impl Hub {
     /// The hub and the cache that the environment names.
     pub fn from_env() -> Self {
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
-        Hub { endpoint: endpoint.trim_end_matches('/').to_owned(), cache: Cache::from_env() }
+        let (endpoint, cache) = (endpoint.trim_end_matches('/').to_owned(), Cache::from_env());
+        Hub { endpoint, token: std::env::var("HF_TOKEN").ok().or(cache.token()), cache }
     }
 
-    /// The hub at an address, and the cache in a folder.
+    /// The hub at an address, without a token, and the cache in a folder.
     pub fn new(endpoint: &str, cache: &Path) -> Self {
-        Hub { endpoint: endpoint.to_owned(), cache: Cache::new(cache.to_owned()) }
+        Hub { endpoint: endpoint.to_owned(), cache: Cache::new(cache.to_owned()), token: None }
     }
 
     /// The folder or GGUF file of a model by its name, downloaded as far as it is not in the cache.
@@ -110,7 +112,7 @@ impl Hub {
             return Ok(path);
         }
         let api = ApiBuilder::from_cache(self.cache.clone()).with_endpoint(self.endpoint.clone());
-        let api = api.build().map_err(|error| name.error(error.to_string()))?;
+        let api = api.with_token(self.token.clone()).build().map_err(|error| name.error(error.to_string()))?;
         let info = self.patiently(&name, || api.repo(repo(&name.revision)).info(), || 0)?;
         // One commit for all files, whatever happens to the branch meanwhile.
         if !is_plain(&info.sha) {

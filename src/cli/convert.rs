@@ -12,6 +12,7 @@ use serde_json::json;
 use super::common::{located, print, print_json, progress, refuse_existing, tokenising};
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
+use crate::checkpoint::gguf::GgufFile;
 use crate::checkpoint::{Checkpoint, SaveOptions, save};
 use crate::distill::student;
 use crate::hybrid::{Conversion, FitOptions, Init, LayerFit, LayerSet, MixerShape, fit};
@@ -98,11 +99,15 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let specs = conversion.config().tensors();
     let bar = progress(specs.len(), "tensors");
     let made = tempfile::tempdir()?;
-    let tokenizer = tokenizer::folder_of(&arguments.model, |write| {
+    let make = |write: &dyn Fn(&Path) -> Result<(), TokenizerError>| {
         write(made.path())?;
         Ok::<_, TokenizerError>(made.path().to_path_buf())
-    })?;
-    let options = SaveOptions { copy_from: Some(&tokenizer), ..SaveOptions::new(dtype) };
+    };
+    let tokenizer = match has_tokenizer(&arguments.model)? {
+        true => Some(tokenizer::folder_of(&arguments.model, make)?),
+        false => None,
+    };
+    let options = SaveOptions { copy_from: tokenizer.as_deref(), ..SaveOptions::new(dtype) };
     save(&arguments.out, conversion.config(), &options, |spec| {
         bar.inc(1);
         let of_device = fitted.as_ref().filter(|_| conversion.is_new(spec));
@@ -115,6 +120,11 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     report(&arguments, &conversion, dtype, fitted.as_ref().map_or(&[], |(_, fits)| fits))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether there is a tokenizer to take along: a GGUF file may have weights alone. A folder has files or has them not.
+fn has_tokenizer(model: &Path) -> anyhow::Result<bool> {
+    Ok(!model.is_file() || GgufFile::open(model)?.get_str("tokenizer.ggml.model")?.is_some())
 }
 
 /// The hybrid on a device with its new mixers fitted.

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::common::{print, print_json, progress};
 use crate::backend::cases::CASES;
 use crate::backend::select::{self, Name};
-use crate::backend::{DType, Device, cpu};
+use crate::backend::{DType, Device, cpu, wgpu};
 use crate::bench::kernels::{self, Options, Rates};
 use crate::bench::yardstick::{Limits, memory_bytes};
 use crate::report::table::{Align, Table};
@@ -91,6 +91,7 @@ fn examine(arguments: &Arguments, name: Name, device: &Device, budget: Duration)
 fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Found, String>)]) -> anyhow::Result<()> {
     let processor = cpu::describe(arguments.threads);
     let memory = memory_bytes();
+    let adapters = wgpu::adapters();
     if arguments.json {
         let backends: Vec<_> = backends
             .iter()
@@ -103,6 +104,7 @@ fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Foun
             "version": env!("CARGO_PKG_VERSION"),
             "processor": processor,
             "memory_bytes": memory,
+            "adapters": adapters,
             "limits": limits,
             "backends": backends,
         }));
@@ -113,8 +115,9 @@ fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Foun
         format!("processor   {processor}"),
         format!("memory      {gibibytes}; {:.1} GB/s copied, {:.1} GB/s read", limits.copy_gbytes, limits.read_gbytes),
         format!("products    {:.0} GFLOP/s by the gemm crate on {} threads, f32", limits.gemm_gflops, limits.threads),
-        String::new(),
     ];
+    lines.extend(adapters.iter().map(|adapter| format!("adapter     {adapter}")));
+    lines.push(String::new());
     let mut table = Table::new(&[
         ("backend", Align::Left),
         ("ops right", Align::Right),

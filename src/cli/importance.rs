@@ -91,7 +91,9 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let documents = arguments.text.documents(&arguments.data, &tokenizer)?;
     let config = config(&arguments);
     config.check()?;
-    config.student.check(original.config(), student.config())?;
+    if method == Method::Mmr {
+        config.student.check(original.config(), student.config())?;
+    }
 
     let device = arguments.device.open()?;
     let settings = json!({

@@ -10,7 +10,7 @@
 //!
 //! Numbers are little-endian. A file appears whole or not at all; one that is cut off or changed is made again.
 
-use super::dataset::{self, DatasetError, Row};
+use super::dataset::{self, DatasetError, Format, Row};
 use super::documents::{Documents, Fingerprint, Mapped};
 use super::encode::{Encoded, Encoder};
 use super::tokenizer::TokenizerError;
@@ -198,6 +198,7 @@ fn key(paths: &[PathBuf], share: f64, encoder: &Encoder<'_>) -> Result<[u8; 32],
     hash.update(share.to_bits().to_le_bytes());
     hash.update(encoder.identity());
     for path in paths {
+        let format = Format::of(path)?;
         let read = || {
             let (mut file, mut content, mut buffer) = (File::open(path)?, Sha256::new(), vec![0; 1 << 16]);
             loop {
@@ -208,8 +209,7 @@ fn key(paths: &[PathBuf], share: f64, encoder: &Encoder<'_>) -> Result<[u8; 32],
             }
         };
         hash.update(read().map_err(|source| DatasetError::Io { path: path.clone(), source })?);
-        hash.update(path.extension().unwrap_or_default().as_encoded_bytes().to_ascii_lowercase());
-        hash.update([0]);
+        hash.update([format as u8]);
     }
     Ok(hash.finalize().into())
 }

@@ -67,6 +67,33 @@ fn quote(path: &Path, lines: &[(usize, String)], more: usize) -> String {
     text
 }
 
+/// What is in a file, by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// One text.
+    Text,
+    /// A JSON object a line.
+    Lines,
+    /// A table.
+    Parquet,
+}
+
+impl Format {
+    /// What the ending of a name says.
+    ///
+    /// # Errors
+    /// When it says nothing that h1 reads.
+    pub fn of(path: &Path) -> Result<Format, DatasetError> {
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+        match ending.to_ascii_lowercase().as_str() {
+            "txt" => Ok(Format::Text),
+            "jsonl" | "ndjson" => Ok(Format::Lines),
+            "parquet" => Ok(Format::Parquet),
+            _ => Err(DatasetError::UnknownFormat { path: path.to_path_buf() }),
+        }
+    }
+}
+
 /// A row of a data set.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
@@ -86,13 +113,12 @@ pub struct Row {
 /// # Errors
 /// When the file cannot be read, is of no known kind or holds no text; all its bad rows together; what `each` says.
 pub fn read<E: From<DatasetError>>(path: &Path, mut each: impl FnMut(Row) -> Result<(), E>) -> Result<(), E> {
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let format = Format::of(path)?;
     let mut rows = Rows { each: &mut each, good: 0, bad: Vec::new(), more: 0 };
-    match extension.as_str() {
-        "txt" => rows.text(path)?,
-        "jsonl" | "ndjson" => rows.lines(path)?,
-        "parquet" => parquet::read(path, &mut rows)?,
-        _ => return Err(DatasetError::UnknownFormat { path: path.to_path_buf() }.into()),
+    match format {
+        Format::Text => rows.text(path)?,
+        Format::Lines => rows.lines(path)?,
+        Format::Parquet => parquet::read(path, &mut rows)?,
     }
     match (rows.bad.is_empty(), rows.good) {
         (false, _) => Err(DatasetError::Lines { path: path.to_path_buf(), lines: rows.bad, more: rows.more }.into()),

@@ -116,9 +116,9 @@ impl ChatTemplate {
         ];
         variables.extend(self.tokens.iter().map(|(name, token)| (&name[..], token.into())));
         let mut text = Bounded(Vec::new());
-        let rendered = environment.template_from_str(&self.source).and_then(|template| {
-            template.render_captured_to(variables.into_iter().collect::<Value>(), &mut text).map(drop)
-        });
+        let rendered = environment
+            .template_from_str(&self.source)
+            .and_then(|template| template.render_captured_to(Value::from_pairs(variables), &mut text).map(drop));
         rendered.map_err(|error| {
             match (error.kind(), error.detail().and_then(|detail| detail.strip_prefix(REFUSED))) {
                 (ErrorKind::OutOfFuel, _) => TemplateError::Endless,

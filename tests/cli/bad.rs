@@ -27,7 +27,7 @@ fn refused(cases: &[Case]) {
 fn refuses_broken_models(line: &str) {
     let models = [
         ("nowhere", "nowhere: no such folder"),
-        ("file", "file: not a folder"),
+        ("file", "file: not a GGUF file"),
         ("empty", "it has no config.json"),
         ("lost", "lost: no weights"),
         ("cut", "cut/model.safetensors: "),
@@ -128,7 +128,7 @@ fn generate_refuses_bad_input() {
         ("generate nan --prompt 一", 1, "has NaN at index"),
         ("generate mute --prompt 一", 1, "mute: no tokenizer.json"),
         ("generate many --prompts outside.txt", 1, "prompt 1 has token 330, which is outside the vocabulary of 320"),
-        ("generate hybrid", 1, "give --prompt TEXT or --prompts FILE"),
+        ("generate hybrid", 1, "give --prompt TEXT, --prompts FILE or --messages FILE"),
         ("generate hybrid --prompt ''", 1, "prompt 1 has no tokens"),
         ("generate hybrid --prompts nowhere.txt", 1, "nowhere.txt: No such file"),
         ("generate hybrid --prompts binary.txt", 1, "binary.txt: stream did not contain valid UTF-8"),

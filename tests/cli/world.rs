@@ -66,8 +66,8 @@ pub fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
 }
 
-/// A temporary folder in which the program runs.
-pub struct World(tempfile::TempDir);
+/// A temporary folder in which the program runs, and one for its caches.
+pub struct World(tempfile::TempDir, tempfile::TempDir);
 
 /// How a run of the program ended.
 pub struct Ran {
@@ -96,7 +96,7 @@ impl Ran {
 impl World {
     /// The models `hybrid` and `teacher` with a tokenizer of one character a token.
     pub fn new() -> Self {
-        let world = World(tempfile::tempdir().unwrap());
+        let world = World(tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         for (name, golden) in [("hybrid", "hybrid"), ("teacher", "teacher-mistral")] {
             world.model(name, &goldens().join(golden));
             world.write(&format!("{name}/tokenizer.json"), tokenizer(320).to_string().as_bytes());
@@ -215,6 +215,7 @@ impl World {
 
     fn run(&self, command: &mut Command, line: String) -> Ran {
         let command = command.current_dir(self.0.path()).stdin(Stdio::null()).env_remove("RUST_BACKTRACE");
+        command.env("H1_CACHE", self.1.path());
         let Output { status, stdout, stderr } = command.output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         Ran { line, code: status.code(), out: text(stdout), err: text(stderr) }

@@ -41,10 +41,6 @@ impl<'a> Cursor<'a> {
         Ok(bytes)
     }
 
-    pub(super) fn bytes4(&mut self) -> Parsed<[u8; 4]> {
-        self.array()
-    }
-
     pub(super) fn u32(&mut self) -> Parsed<u32> {
         self.array().map(u32::from_le_bytes)
     }

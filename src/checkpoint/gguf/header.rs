@@ -22,10 +22,11 @@ type Contents = (HashMap<String, Stored>, HashMap<String, Entry>);
 
 /// The metadata and the tensors of a whole file; the error is what is wrong with it.
 pub(super) fn parse(file: &[u8]) -> Parsed<Contents> {
-    let mut cursor = Cursor::new(file);
-    if cursor.bytes4()? != MAGIC {
-        return Err("it does not begin with GGUF: not a GGUF file".to_owned());
+    if !file.starts_with(&MAGIC) {
+        return Err("not a GGUF file, which begins with GGUF".to_owned());
     }
+    let mut cursor = Cursor::new(file);
+    cursor.skip(MAGIC.len() as u64, 1)?;
     match cursor.u32()? {
         2 | 3 => {}
         version if matches!(version.swap_bytes(), 1..=3) => {

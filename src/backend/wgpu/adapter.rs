@@ -1,0 +1,173 @@
+//! Adapters: which there are, which is taken, and what it has. A feature that may be missing is asked about here alone.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use crate::backend::{Error, Result};
+
+/// What an adapter has of what is not there on all of them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Abilities {
+    /// f16 in storage and in arithmetic.
+    pub f16: bool,
+    /// Times of single dispatches.
+    pub timestamps: bool,
+    /// The smallest and the largest number of lanes of a subgroup; 0 without subgroups.
+    pub subgroups: (u32, u32),
+    /// Bytes that a binding can show at most.
+    pub binding: u64,
+    /// Bytes of a buffer at most.
+    pub buffer: u64,
+    /// To what bindings of storage and of uniforms are aligned, in bytes.
+    pub alignment: (u64, u64),
+    /// Workgroups along each side of a grid at most.
+    pub grid: u32,
+}
+
+/// An adapter that is open.
+pub(super) struct Opened {
+    pub device: wgpu::Device,
+    pub queue: wgpu::Queue,
+    pub abilities: Abilities,
+    /// The adapter as a person knows it.
+    pub name: String,
+    pub failure: Failure,
+}
+
+/// The first thing that went wrong on a device outside of a call that could say so: a lost device, a driver's error.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failure(Arc<Mutex<Option<String>>>);
+
+impl Failure {
+    fn set(&self, what: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+    }
+
+    /// What it is.
+    pub fn get(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The value of a future that a native device completes at once, or after some polling.
+pub(super) fn complete<F: Future>(future: F) -> F::Output {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::yield_now(),
+        }
+    }
+}
+
+/// Every adapter of the native interfaces, real GPUs first.
+pub(super) fn adapters() -> Vec<wgpu::Adapter> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12,
+        flags: wgpu::InstanceFlags::empty().with_env(),
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    });
+    let mut adapters = complete(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+        wgpu::DeviceType::DiscreteGpu => 0,
+        wgpu::DeviceType::IntegratedGpu => 1,
+        wgpu::DeviceType::VirtualGpu => 2,
+        wgpu::DeviceType::Other => 3,
+        wgpu::DeviceType::Cpu => 4,
+    });
+    adapters
+}
+
+/// Whether an adapter is a real GPU, and no program that plays one.
+pub(super) fn is_hardware(adapter: &wgpu::Adapter) -> bool {
+    adapter.get_info().device_type != wgpu::DeviceType::Cpu
+}
+
+/// An adapter as a person knows it, with what it has and lacks.
+pub(super) fn describe(adapter: &wgpu::Adapter) -> String {
+    let info = adapter.get_info();
+    let driver = [info.driver, info.driver_info].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>();
+    let (Abilities { f16, timestamps, subgroups, binding, .. }, _, _) = abilities(adapter);
+    let lanes = match subgroups {
+        (0, _) => "no subgroups".into(),
+        (least, most) if least == most => format!("subgroups of {least}"),
+        (least, most) => format!("subgroups of {least} to {most}"),
+    };
+    let has = |there: bool, what: &str| if there { what.into() } else { format!("no {what}") };
+    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), format!("{} MiB a binding", binding >> 20)];
+    format!("{}, {} {}; {}", info.name, info.backend, driver.join(" "), has.join(", "))
+}
+
+/// The adapter to use: the first real GPU, else the first; with the environment's `WGPU_ADAPTER_NAME`, the first whose
+/// name has it.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn choose() -> Result<wgpu::Adapter> {
+    let unavailable = |why: String| Error::Unavailable { backend: "wgpu".into(), why };
+    let wanted = std::env::var("WGPU_ADAPTER_NAME").unwrap_or_default().to_lowercase();
+    let all = adapters();
+    if all.is_empty() {
+        return Err(unavailable("no adapter: there is no Vulkan, Metal or DX12 driver".into()));
+    }
+    let names: Vec<String> = all.iter().map(describe).collect();
+    let found = all.into_iter().find(|adapter| adapter.get_info().name.to_lowercase().contains(&wanted));
+    found.ok_or_else(|| unavailable(format!("no adapter is called '{wanted}'; there are: {}", names.join("; "))))
+}
+
+fn abilities(adapter: &wgpu::Adapter) -> (Abilities, wgpu::Features, wgpu::Limits) {
+    let (there, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
+    let wanted = wgpu::Features::SHADER_F16
+        | wgpu::Features::SUBGROUP
+        | wgpu::Features::TIMESTAMP_QUERY
+        | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES
+        | wgpu::Features::PIPELINE_CACHE;
+    let features = there & wanted;
+    let subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let abilities = Abilities {
+        f16: features.contains(wgpu::Features::SHADER_F16),
+        timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
+        subgroups: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
+        // A window of a buffer starts at a multiple of the alignment and ends at a multiple of 4.
+        binding: limits.max_storage_buffer_binding_size / 4 * 4,
+        buffer: limits.max_buffer_size / 4 * 4,
+        alignment: (
+            u64::from(limits.min_storage_buffer_offset_alignment),
+            u64::from(limits.min_uniform_buffer_offset_alignment),
+        ),
+        grid: limits.max_compute_workgroups_per_dimension,
+    };
+    (abilities, features, limits)
+}
+
+/// Opens an adapter with all that it has.
+///
+/// # Errors
+/// When its driver refuses.
+pub(super) fn open(adapter: &wgpu::Adapter) -> Result<Opened> {
+    let name = describe(adapter);
+    let (abilities, required_features, required_limits) = abilities(adapter);
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("h1"),
+        required_features,
+        required_limits,
+        memory_hints: wgpu::MemoryHints::MemoryUsage,
+        ..Default::default()
+    };
+    let refused = |why: wgpu::RequestDeviceError| Error::Unavailable {
+        backend: "wgpu".into(),
+        why: format!("{name} could not be opened: {why}"),
+    };
+    let (device, queue) = complete(adapter.request_device(&descriptor)).map_err(refused)?;
+    let failure = Failure::default();
+    let (uncaptured, lost) = (failure.clone(), failure.clone());
+    device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| uncaptured.set(error.to_string())));
+    device.set_device_lost_callback(move |reason, what| match reason {
+        wgpu::DeviceLostReason::Destroyed => {}
+        _ => lost.set(format!("the device was lost: {what}")),
+    });
+    Ok(Opened { device, queue, abilities, name, failure })
+}

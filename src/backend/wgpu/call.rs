@@ -1,0 +1,190 @@
+//! A call of an op: its views become bindings, its sizes a uniform block, its work dispatches.
+//!
+//! ```ignore
+//! pub fn swiglu(call: &mut Call, op: &ops::Swiglu) -> Result<()> {
+//!     let (rows, cols) = (op.out.rows, op.out.cols);
+//!     call.dispatch(shaders::SWIGLU.kernel("forward", &[]))
+//!         .read(op.gate).read(op.up).write(op.out)   // @group(0) @binding(0), (1), (2); p.gate, p.up, p.out
+//!         .size(rows).size(cols)                     // p.tokens, p.width
+//!         .grid([cols.div_ceil(64), rows, 1])        // workgroups, cut to what the adapter takes: shaders go on by
+//! }                                                  // the size of the grid
+//! ```
+
+use super::Gpu;
+use super::memory::Window;
+use super::pipelines::{Access, PARAMETERS};
+use super::scratch::Slot;
+use super::shaders::Kernel;
+use crate::backend::{DType, Error, Order, Result, View};
+
+/// An op under way.
+pub(super) struct Call<'g> {
+    /// The op's name.
+    pub op: &'static str,
+    pub gpu: &'g mut Gpu,
+}
+
+impl Call<'_> {
+    /// That all views lie in their buffers: what an op of several dispatches asks before the first.
+    ///
+    /// # Errors
+    /// When one does not.
+    pub fn check(&self, views: impl IntoIterator<Item = View>) -> Result<()> {
+        views.into_iter().try_for_each(|view| self.gpu.memory.buffer(view).map(drop))
+    }
+
+    /// Begins a dispatch.
+    pub fn dispatch(&mut self, kernel: Kernel) -> Dispatch<'_> {
+        let none = Access::default();
+        Dispatch {
+            op: self.op,
+            gpu: self.gpu,
+            kernel,
+            windows: Vec::new(),
+            access: none,
+            numbers: Vec::new(),
+            error: None,
+        }
+    }
+
+    /// f32 scratch of `rows × cols`, whose values are of no dispatch of another op.
+    ///
+    /// # Errors
+    /// When it was not reserved and the device has no room.
+    pub fn scratch(&mut self, slot: Slot, rows: usize, cols: usize) -> Result<View> {
+        self.gpu.scratch.view(&mut self.gpu.memory, &mut self.gpu.recorder, slot, rows, cols)
+    }
+
+    /// Values that a binding can show of each of some views, wherever they start.
+    pub fn values_at_once(&self, views: &[View]) -> usize {
+        // A window may start a whole alignment before its view.
+        let bytes = self.gpu.abilities.binding.saturating_sub(self.gpu.abilities.alignment.0 + 4);
+        let fit = |view: &View| usize::try_from(bytes).unwrap_or(usize::MAX) / view.dtype.size();
+        // A shader counts in u32.
+        views.iter().map(fit).min().unwrap_or(usize::MAX).min(u32::MAX as usize / 2)
+    }
+
+    /// Rows that a binding can show of each of some views; at least 1.
+    pub fn rows_at_once(&self, views: &[View]) -> usize {
+        let values = self.values_at_once(views);
+        let fit = |view: &View| (values.saturating_sub(view.cols) / view.stride.max(1)).saturating_add(1);
+        views.iter().map(fit).min().unwrap_or(usize::MAX)
+    }
+
+    /// The dtype of activations of one op.
+    ///
+    /// # Errors
+    /// When they have several.
+    pub fn dtype(&self, views: &[View]) -> Result<DType> {
+        let first = views.first().map_or(DType::F32, |view| view.dtype);
+        match views.iter().find(|view| view.dtype != first) {
+            None => Ok(first),
+            Some(other) => Err(Error::Unsupported {
+                backend: "wgpu",
+                op: self.op,
+                what: format!("rows of {first} beside rows of {}", other.dtype),
+            }),
+        }
+    }
+}
+
+/// `0..total` in blocks of `at_once`: the first of each, and how many.
+pub(super) fn blocks(total: usize, at_once: usize) -> impl Iterator<Item = (usize, usize)> {
+    let at_once = at_once.max(1);
+    (0..total).step_by(at_once).map(move |first| (first, at_once.min(total - first)))
+}
+
+/// A matrix without gaps between its rows as a single row.
+pub(super) fn flat(view: View) -> Option<View> {
+    let len = view.len();
+    let contiguous = view.rows <= 1 || view.stride == view.cols;
+    contiguous.then_some(View { order: Order::Rows, rows: 1, cols: len, stride: len, ..view })
+}
+
+/// A dispatch under way; an error of one of its views is given at the end, by [`Dispatch::grid`].
+#[must_use = "nothing is dispatched before `grid`"]
+pub(super) struct Dispatch<'c> {
+    op: &'static str,
+    gpu: &'c mut Gpu,
+    kernel: Kernel,
+    windows: Vec<Window>,
+    access: Access,
+    numbers: Vec<u32>,
+    error: Option<Error>,
+}
+
+impl Dispatch<'_> {
+    fn bind(mut self, view: Option<View>, written: bool) -> Self {
+        let window = match view {
+            Some(view) => self.gpu.memory.window(self.op, view),
+            None => Ok(self.gpu.scratch.nothing(written)),
+        };
+        match window {
+            Ok(window) => {
+                self.access.written |= u32::from(written) << self.access.bindings;
+                self.access.bindings += 1;
+                self.windows.push(window);
+            }
+            Err(error) => self.error = self.error.or(Some(error)),
+        }
+        self
+    }
+
+    /// The next binding is this view, which the shader reads (`var<storage, read>`).
+    pub fn read(self, view: View) -> Self {
+        self.bind(Some(view), false)
+    }
+
+    /// The next binding is this view, which the shader writes, or reads and writes (`var<storage, read_write>`).
+    pub fn write(self, view: View) -> Self {
+        self.bind(Some(view), true)
+    }
+
+    /// The next binding is read where there is a view; else it is 16 bytes of no meaning, and an `override` constant
+    /// tells the shader.
+    pub fn maybe_read(self, view: Option<View>) -> Self {
+        self.bind(view, false)
+    }
+
+    /// The next binding is written where there is a view.
+    pub fn maybe_write(self, view: Option<View>) -> Self {
+        self.bind(view, true)
+    }
+
+    /// The next number of the uniform block, a u32.
+    pub fn size(mut self, value: usize) -> Self {
+        match u32::try_from(value) {
+            Ok(value) => self.numbers.push(value),
+            Err(_) => self.error = self.error.or(Some(Error::Size { what: "size", value })),
+        }
+        self
+    }
+
+    /// The next number of the uniform block, an f32; after all sizes.
+    pub fn factor(mut self, value: f32) -> Self {
+        self.numbers.push(value.to_bits());
+        self
+    }
+
+    /// Dispatches a grid of workgroups, each side cut to what the adapter takes; a side of 0 dispatches nothing.
+    ///
+    /// # Errors
+    /// When a view does not lie in its buffer, the kernel cannot be made, or the device is lost.
+    pub fn grid(self, grid: [usize; 3]) -> Result<()> {
+        let Dispatch { op, gpu, kernel, windows, access, numbers, error } = self;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let mut block: Vec<u32> = windows.iter().flat_map(|window| [window.first, window.stride]).collect();
+        block.extend(numbers);
+        debug_assert!(block.len() * 4 <= PARAMETERS as usize, "{op}");
+        let most = gpu.abilities.grid as usize;
+        let grid = grid.map(|side| side.min(most) as u32);
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let pipeline = gpu.pipelines.get(&kernel, access).map_err(|what| gpu.failed(op, what))?;
+        gpu.recorder.dispatch(&mut gpu.pipelines, &pipeline, access, &windows, &block, grid);
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! The shaders: files of `shaders/`, and how one becomes a kernel.
+//!
+//! A shader is `shaders/<name>.wgsl`. Its text is compiled after `shaders/prelude.wgsl`, and before both comes one
+//! `alias` for each storage type that it leaves open. Everything else that is chosen when a pipeline is made is an
+//! `override` constant of the shader. So a variant is (file, entry point, types, constants), see [`Kernel`].
+
+use std::fmt::Write;
+
+use crate::backend::DType;
+
+/// Most types that a shader leaves open.
+pub(super) const MOST_TYPES: usize = 4;
+/// Most constants of a kernel.
+pub(super) const MOST_CONSTANTS: usize = 8;
+
+/// A file of `shaders/`.
+#[derive(Debug)]
+pub(super) struct Shader {
+    /// The file's name without its ending.
+    pub name: &'static str,
+    text: &'static str,
+    /// The aliases that it leaves open, in the order in which [`Shader::kernel`] takes their dtypes.
+    types: &'static [&'static str],
+}
+
+/// A variant of an entry point: what a pipeline is made from, and its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Kernel {
+    shader: &'static Shader,
+    /// The entry point.
+    pub entry: &'static str,
+    /// The dtypes of the shader's open types.
+    pub types: [DType; MOST_TYPES],
+    constants: [(&'static str, u32); MOST_CONSTANTS],
+    count: usize,
+}
+
+impl PartialEq for Shader {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for Shader {}
+
+impl std::hash::Hash for Shader {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
+
+impl Shader {
+    /// An entry point with the dtypes of its open types.
+    pub fn kernel(&'static self, entry: &'static str, types: &[DType]) -> Kernel {
+        debug_assert_eq!(types.len(), self.types.len(), "{}", self.name);
+        let mut all = [DType::F32; MOST_TYPES];
+        all.iter_mut().zip(types).for_each(|(to, from)| *to = *from);
+        Kernel { shader: self, entry, types: all, constants: [("", 0); MOST_CONSTANTS], count: 0 }
+    }
+
+    /// The whole text with the dtypes of its open types.
+    pub fn source(&self, types: &[DType]) -> String {
+        let prelude = include_str!("../../../shaders/prelude.wgsl");
+        let mut source = String::with_capacity(prelude.len() + self.text.len() + 80);
+        if self.types.iter().zip(types).any(|(_, dtype)| *dtype == DType::F16) {
+            source.push_str("enable f16;\n");
+        }
+        for (alias, dtype) in self.types.iter().zip(types) {
+            // Writing to a string cannot fail.
+            let _ = writeln!(source, "alias {alias} = {dtype};");
+        }
+        source.push_str(prelude);
+        source.push_str(self.text);
+        source
+    }
+}
+
+impl Kernel {
+    /// The same with a value for an `override` constant: a number, or a bool as 0 or 1.
+    pub fn with(mut self, name: &'static str, value: impl Into<u32>) -> Self {
+        debug_assert!(self.count < MOST_CONSTANTS, "{}", self.shader.name);
+        if let Some(constant) = self.constants.get_mut(self.count) {
+            *constant = (name, value.into());
+            self.count += 1;
+        }
+        self
+    }
+
+    /// Its shader.
+    pub fn shader(&self) -> &'static Shader {
+        self.shader
+    }
+
+    /// The constants that were given a value.
+    pub fn constants(&self) -> Vec<(&'static str, f64)> {
+        self.constants[..self.count].iter().map(|&(name, value)| (name, f64::from(value))).collect()
+    }
+}
+
+/// Declares the shaders, by constant and file, after a file that it begins with, with the types that each leaves open.
+macro_rules! shaders {
+    ($($name:ident = $([$include:literal])? $file:literal $(($($open:literal),*))?;)*) => {
+        $(
+            pub(super) static $name: Shader = Shader {
+                name: $file,
+                text: concat!(
+                    $(include_str!(concat!("../../../shaders/", $include, ".wgsl")),)?
+                    include_str!(concat!("../../../shaders/", $file, ".wgsl"))
+                ),
+                types: &[$($($open),*)?],
+            };
+        )*
+
+        /// Every shader.
+        #[cfg(test)]
+        pub(super) static ALL: &[&Shader] = &[$(&$name),*];
+    };
+}
+
+shaders! {
+    ADAMW = "adamw" ("Weight");
+    CLIP_FACTOR = "clip_factor";
+    COLUMN_SUMS = "column_sums" ("Value");
+    COPY = "copy" ("AnyFrom", "AnyTo");
+    EMBED_BACKWARD = "embed_backward" ("Value");
+    FILL = "fill" ("Value");
+    GATHER = "gather" ("Stored", "Value");
+    GEMV = "gemv" ("Left", "Right", "Bias", "Out");
+    HEAD_LOSS = "head_loss";
+    NEG_EXP = "neg_exp" ("Weight");
+    PAGE_WRITE = ["segments"] "page_write" ("Value", "Key");
+    PRODUCTS = "products" ("Left", "Right", "Bias", "Out");
+    RMS_NORM = "rms_norm" ("Value", "Weight");
+    ROPE = "rope" ("Value");
+    SAMPLE = "sample" ("Value");
+    SCALE = "scale" ("Value");
+    SCATTER_ADD = "scatter_add" ("Value");
+    SQUARED_NORM = "squared_norm";
+    SWIGLU = "swiglu" ("Value");
+    ATTENTION = ["segments"] "attention" ("Value", "Key");
+    ATTENTION_BACKWARD = ["segments"] "attention_backward" ("Value");
+    CONV1D = ["segments"] "conv1d" ("Value", "Weight");
+    SELECTIVE_SCAN = ["segments"] "selective_scan" ("Value");
+    SELECTIVE_SCAN_BACKWARD = ["segments"] "selective_scan_backward" ("Value");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The dtypes that an open type can have: u32 only where one is copied.
+    fn choices(alias: &str) -> &'static [DType] {
+        if alias.starts_with("Any") { &[DType::F32, DType::F16, DType::U32] } else { &[DType::F32, DType::F16] }
+    }
+
+    #[test]
+    fn every_shader_is_valid_in_every_type() {
+        for shader in ALL {
+            let mut variants = vec![Vec::new()];
+            for alias in shader.types {
+                let with = |types: &Vec<DType>, dtype| types.iter().copied().chain([dtype]).collect();
+                variants = variants.iter().flat_map(|v| choices(alias).iter().map(move |d| with(v, *d))).collect();
+            }
+            for types in variants {
+                let source = shader.source(&types);
+                let module = naga::front::wgsl::parse_str(&source)
+                    .unwrap_or_else(|e| panic!("{} {types:?}: {}", shader.name, e.emit_to_string(&source)));
+                let mut validator =
+                    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
+                let valid = validator.validate(&module);
+                assert!(valid.is_ok(), "{} {types:?}: {:?}", shader.name, valid.err());
+            }
+        }
+    }
+}
