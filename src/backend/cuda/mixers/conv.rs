@@ -64,8 +64,7 @@ pub(in crate::backend::cuda) fn conv1d_backward(c: &mut Call, op: &ops::Conv1dBa
     let (slots, dstate_slots) = (state_in.map_or(0, |state| state.rows), dstate_out.map_or(0, |state| state.rows));
     let types = [("T_X", x.of()), ("T_W", weight.of()), ("T_DOUT", dout.of()), ("T_DX", dx.of())];
     let [of_x, of_w, of_dout, of_dx] = types;
-    let defines =
-        [of_x, of_w, of_dout, of_dx, ("TAPS", Value::Number(taps)), ("REPEAT", Value::Number(repeat))];
+    let defines = [of_x, of_w, of_dout, of_dx, ("TAPS", Value::Number(taps)), ("REPEAT", Value::Number(repeat))];
     let row_blocks = x.rows.div_ceil(ROWS);
     let [partial] = c.scratch([partial_bytes(x.rows, shape.filters(), shape.width)])?;
 

@@ -108,11 +108,12 @@ const GROUPS: [usize; 2] = [STEPS, 4];
 /// the most of each kind.
 pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
     let layouts = [(16, 4, 16, 1), (16, 4, 16, 0), (32, 8, 16, 0), (64, 16, 8, 0), (128, 32, 4, 0), (256, 32, 2, 0)];
-    let of = |layout: (usize, usize, usize, usize), group: usize| -> Vec<_> {
-        let values = [layout.0, layout.1, layout.2, layout.3, group].map(Tiles::number);
-        ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"].into_iter().zip(values).collect()
+    let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"];
+    let both = |(d_state, lanes, tile, vector)| {
+        let backward = if vector == 1 { 8 } else { 4 };
+        [STEPS, backward]
+            .map(|group| names.into_iter().zip([d_state, lanes, tile, vector, group].map(Tiles::number)).collect())
     };
-    let both = |layout: (usize, usize, usize, usize)| [of(layout, STEPS), of(layout, if layout.3 == 1 { 8 } else { 4 })];
     layouts.into_iter().map(both).collect()
 }
 
