@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use h1::backend::cuda::emulated::{self, Emulation};
 use h1::backend::ops::{LossWeights, Scaling};
 use h1::backend::reference::Reference;
-use h1::backend::cuda::emulated::{self, Emulation};
 use h1::backend::{DType, Device, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
