@@ -113,7 +113,7 @@ fn gradients_of_qwen2_are_those_of_torch() {
     let io = TensorFile::open(&here("qwen2/io.safetensors")).unwrap();
     let ids = io.tensor("input_ids").unwrap().to_u32().unwrap();
     let (length, tokens) = (ids.shape[1], ids.values.len());
-    let rows: Vec<u32> = (0..tokens as u32).filter(|row| (*row as usize + 1) % length != 0).collect();
+    let rows: Vec<u32> = (0..tokens as u32).filter(|row| !(*row as usize + 1).is_multiple_of(length)).collect();
     let labels: Vec<u32> = rows.iter().map(|row| ids.values[*row as usize + 1]).collect();
     let weights = vec![1.0 / rows.len() as f32; rows.len()];
     let kind = LossKind {

