@@ -8,7 +8,7 @@
 //!       128..       ids, u32 [tokens]; from a multiple of 8 on, ends, u64 [documents]; counts, u8 [tokens]
 //! ```
 //!
-//! Numbers are little-endian. A file appears whole or not at all; one that is cut off or changed is made again.
+//! Numbers are little-endian, and what lies between is zero. A file appears whole or not at all; one that is cut off or changed is made again.
 
 use super::dataset::{self, DatasetError, Format, Row};
 use super::documents::{Documents, Fingerprint, Mapped};
@@ -281,6 +281,9 @@ fn open(path: &Path, key: &[u8; 32]) -> Option<Documents> {
     let ends = start..documents.checked_mul(8)?.checked_add(start)?;
     let counts = ends.end..ends.end.checked_add(tokens)?;
     if map.get(..8)? != MAGIC || map.get(8..40)? != key || counts.end != map.len() {
+        return None;
+    }
+    if [88..HEADER, ids.end..ends.start].into_iter().any(|gap| map[gap].iter().any(|byte| *byte != 0)) {
         return None;
     }
     let stored: [u8; 32] = map.get(56..88)?.try_into().ok()?;
