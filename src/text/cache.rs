@@ -274,7 +274,7 @@ fn open(path: &Path, key: &[u8; 32]) -> Option<Documents> {
     let file = File::open(path).ok()?;
     // SAFETY: whoever writes such a file gives it its name when it is whole, and nobody changes it afterwards.
     let map = unsafe { Mmap::map(&file) }.ok()?;
-    let number = |at: usize| Some(usize::try_from(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?)).ok()?);
+    let number = |at: usize| usize::try_from(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?)).ok();
     let (documents, tokens) = (number(40)?, number(48)?);
     let ids = HEADER..tokens.checked_mul(4)?.checked_add(HEADER)?;
     let start = ids.end.checked_add(padding(tokens))?;

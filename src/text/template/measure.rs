@@ -143,7 +143,7 @@ impl<'a, 'b, 'c> Measure<'a, 'b, 'c> {
 
     fn part(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         self.parts += 1;
-        if self.parts % PARTS_PER_FUEL == 0 {
+        if self.parts.is_multiple_of(PARTS_PER_FUEL) {
             self.state.consume_fuel(1)?;
         }
         let wrong = |what: &'static str| Err(Error::new(ErrorKind::InvalidOperation, what));
