@@ -8,7 +8,7 @@
 //!       128..       ids, u32 [tokens]; from a multiple of 8 on, ends, u64 [documents]; counts, u8 [tokens]
 //! ```
 //!
-//! Numbers are little-endian. A file appears whole or not at all; one that is cut off or changed is made again.
+//! Numbers are little-endian, and what lies between is zero. A file appears whole or not at all; one that is cut off or changed is made again.
 
 use super::dataset::{self, DatasetError, Format, Row};
 use super::documents::{Documents, Fingerprint, Mapped};
@@ -274,13 +274,16 @@ fn open(path: &Path, key: &[u8; 32]) -> Option<Documents> {
     let file = File::open(path).ok()?;
     // SAFETY: whoever writes such a file gives it its name when it is whole, and nobody changes it afterwards.
     let map = unsafe { Mmap::map(&file) }.ok()?;
-    let number = |at: usize| Some(usize::try_from(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?)).ok()?);
+    let number = |at: usize| usize::try_from(u64::from_le_bytes(map.get(at..at + 8)?.try_into().ok()?)).ok();
     let (documents, tokens) = (number(40)?, number(48)?);
     let ids = HEADER..tokens.checked_mul(4)?.checked_add(HEADER)?;
     let start = ids.end.checked_add(padding(tokens))?;
     let ends = start..documents.checked_mul(8)?.checked_add(start)?;
     let counts = ends.end..ends.end.checked_add(tokens)?;
     if map.get(..8)? != MAGIC || map.get(8..40)? != key || counts.end != map.len() {
+        return None;
+    }
+    if [88..HEADER, ids.end..ends.start].into_iter().any(|gap| map[gap].iter().any(|byte| *byte != 0)) {
         return None;
     }
     let stored: [u8; 32] = map.get(56..88)?.try_into().ok()?;

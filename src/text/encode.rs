@@ -8,9 +8,12 @@ use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::fmt;
+use std::ops::Range;
 
 /// The role of what a model says.
 const ASSISTANT: &str = "assistant";
+/// What no turn says.
+const OTHER: &str = "\u{f8ff}";
 /// The role of what it is asked.
 const USER: &str = "user";
 
@@ -184,22 +187,37 @@ impl<'a> Encoder<'a> {
     }
 
     /// The text of a conversation, and where each of its parts ends with whether it is learnt.
+    ///
+    /// A turn starts where the turns before it, rendered alone, end, and ends where they end with it. Where a template
+    /// renders turns in another way when they are the last, the text shows where: what changes in it with a turn's content
+    /// is what the turn says.
     fn spans(
         &self,
         template: &ChatTemplate,
         messages: &[Message],
         tools: Option<&Value>,
-    ) -> Result<(String, Vec<(usize, bool)>), TemplateError> {
-        let render = |turns: usize, add_generation_prompt| {
+    ) -> Result<(String, Vec<(usize, bool)>), TokenizerError> {
+        let render = |messages: &[Message], add_generation_prompt| {
             // A day that stays the same, so that a run that goes on tomorrow has the same tokens.
             let clock = Clock::At(date(2024, 7, 26).at(0, 0, 0, 0));
-            template.render(&Conversation { messages: &messages[..turns], tools, add_generation_prompt, clock })
+            template.render(&Conversation { messages, tools, add_generation_prompt, clock })
         };
-        let text = render(messages.len(), false)?;
+        let text = render(messages, false)?;
         if self.loss_on == LossOn::All {
             let spans = vec![(text.len(), true)];
             return Ok((text, spans));
         }
+        let said = |turn: usize| -> Result<Range<usize>, TemplateError> {
+            let mut others = messages.to_vec();
+            others[turn].insert("content".to_owned(), OTHER.into());
+            let other = render(&others, false)?;
+            let start = shared(text.chars(), other.chars());
+            let after = shared(text[start..].chars().rev(), other[start..].chars().rev());
+            match text == other {
+                true => Err(TemplateError::Unstable { turn: turn + 1 }),
+                false => Ok(start..text.len() - after),
+            }
+        };
         let mut spans = Vec::new();
         let mut at = 0;
         for (index, turn) in messages.iter().enumerate() {
@@ -208,19 +226,39 @@ impl<'a> Encoder<'a> {
                 continue;
             }
             let start = match (role, index) {
-                (ASSISTANT, _) => shared(&text, &render(index, true)?),
-                (_, 0) => 0,
-                _ => shared(&text, &render(index, false)?),
+                (role, 0) if role != ASSISTANT => 0,
+                _ => {
+                    let before = render(&messages[..index], role == ASSISTANT)?;
+                    let start = shared(text.chars(), before.chars());
+                    match index.checked_sub(1).filter(|_| start < before.len()) {
+                        None => start,
+                        Some(previous) if start > said(previous)?.end => start.min(said(index)?.start),
+                        Some(_) => said(index)?.start,
+                    }
+                }
             };
-            let end = if index + 1 == messages.len() { text.len() } else { shared(&text, &render(index + 1, false)?) };
+            let end = if index + 1 == messages.len() {
+                text.len()
+            } else {
+                let with = render(&messages[..=index], false)?;
+                let end = shared(text.chars(), with.chars());
+                if end < with.len() { self.end(&text, said(index)?.end, said(index + 1)?.start)? } else { end }
+            };
             if start < at || end <= start {
-                return Err(TemplateError::Unstable { turn: index + 1 });
+                return Err(TemplateError::Unstable { turn: index + 1 }.into());
             }
             spans.extend([(start, false), (end, true)]);
             at = end;
         }
         spans.push((text.len(), false));
         Ok((text, spans))
+    }
+
+    /// Where a turn ends whose content ends at `said`, when the next one's begins at `next`: with what ends it, if that is
+    /// between them.
+    fn end(&self, text: &str, said: usize, next: usize) -> Result<usize, TokenizerError> {
+        let between = self.tokenizer.encode(text.get(said..next).unwrap_or_default(), false)?;
+        Ok(if between.iter().any(|id| self.tokenizer.ends().contains(id)) { next } else { said })
     }
 
     /// Appends the tokens of parts of one text. What follows the end of a turn within its part is not learnt.
@@ -255,9 +293,9 @@ impl Encoded {
     }
 }
 
-/// How many bytes two texts begin with in common, whole characters of them.
-fn shared(text: &str, other: &str) -> usize {
-    std::iter::zip(text.chars(), other.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+/// How many bytes two texts have in common from one end on, whole characters of them.
+fn shared(text: impl Iterator<Item = char>, other: impl Iterator<Item = char>) -> usize {
+    std::iter::zip(text, other).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
 }
 
 #[cfg(test)]

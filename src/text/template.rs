@@ -1,19 +1,23 @@
 //! Chat templates: a conversation becomes the text that its model was trained on.
 //!
 //! A template is a Jinja program that comes with a checkpoint, so it is run as one that nobody vouches for: it has no
-//! files and no includes, and fuel for its steps and for the bytes that it makes, so that one that loops for ever ends
-//! in an error.
+//! files and no includes, and fuel for its steps and for what it makes, so that one that loops for ever ends in an
+//! error.
 
 use jiff::ZonedDateTime;
 use jiff::civil::DateTime;
+use minijinja::machinery::{eval, make_string_output};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use serde_json::{Map, Value as Json};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::Arc;
+
+mod measure;
 
 /// The steps that a template may take on an empty conversation; each pays for 64 bytes that it makes.
 const FUEL: u64 = 200_000;
@@ -21,7 +25,7 @@ const FUEL: u64 = 200_000;
 /// More steps for every byte of the conversation.
 const FUEL_PER_BYTE: u64 = 64;
 
-/// No text, and no value as JSON, has more bytes than this.
+/// No value has more bytes than this, neither as it is nor as JSON.
 const LONGEST: usize = 1 << 26;
 
 /// Why a conversation could not be rendered.
@@ -94,8 +98,9 @@ impl ChatTemplate {
     pub fn new(source: &str, tokens: Vec<(String, String)>) -> Result<Self, TemplateError> {
         // A syntax error is found here, not at the first conversation.
         let environment = environment();
-        environment.template_from_str(&readable(source)).map_err(|error| TemplateError::Syntax(words(&error)))?;
-        Ok(ChatTemplate { environment: Arc::new(environment), source: readable(source).into(), tokens })
+        let source: Arc<str> = readable(source).into();
+        measure::compile(&source, environment.syntax()).map_err(|error| TemplateError::Syntax(words(&error)))?;
+        Ok(ChatTemplate { environment: Arc::new(environment), source, tokens })
     }
 
     /// The text of a conversation.
@@ -115,10 +120,13 @@ impl ChatTemplate {
             ("add_generation_prompt", add_generation_prompt.into()),
         ];
         variables.extend(self.tokens.iter().map(|(name, token)| (&name[..], token.into())));
-        let mut text = Bounded(Vec::new());
-        let rendered = environment
-            .template_from_str(&self.source)
-            .and_then(|template| template.render_captured_to(Value::from_pairs(variables), &mut text).map(drop));
+        let mut text = String::new();
+        let blocks = BTreeMap::new();
+        let rendered = measure::compile(&self.source, environment.syntax()).and_then(|instructions| {
+            let mut output = make_string_output(&mut text);
+            eval(&environment, &instructions, Value::from_pairs(variables), &blocks, &mut output, AutoEscape::None)
+                .map(drop)
+        });
         rendered.map_err(|error| {
             match (error.kind(), error.detail().and_then(|detail| detail.strip_prefix(REFUSED))) {
                 (ErrorKind::OutOfFuel, _) => TemplateError::Endless,
@@ -126,7 +134,7 @@ impl ChatTemplate {
                 _ => TemplateError::Failed(words(&error)),
             }
         })?;
-        String::from_utf8(text.0).map_err(|_| TemplateError::Failed("its text is not UTF-8".into()))
+        Ok(text)
     }
 
     /// Everything that a rendered text depends on beside the conversation, as bytes.
@@ -145,7 +153,7 @@ fn environment() -> Environment<'static> {
     if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
         environment.set_syntax(syntax);
     }
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    measure::prepare(&mut environment);
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", |words: &str| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, format!("{REFUSED}{words}")))

@@ -29,7 +29,7 @@ fn generate_answers_what_a_user_says_as_the_template_has_it() {
     let line = format!("generate hybrid --prompt {said} --max-new-tokens 3 --json");
     let chat = world.h1(&format!("{line} --chat --system {system}")).json();
     assert_eq!(prompts(&chat), [text(&[23, 40, 2, 21, 30, 31, 2, 22])]);
-    assert_eq!(prompts(&world.h1(&line).json()), [said.clone()]);
+    assert_eq!(prompts(&world.h1(&line).json()), [&said[..]]);
 
     let messages = json!({ "messages": [{ "role": "user", "content": said }] });
     world.write("turns.json", messages.to_string().as_bytes());

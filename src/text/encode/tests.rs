@@ -118,6 +118,17 @@ fn a_template_that_shortens_earlier_turns_or_ends_the_last_in_another_way_is_fol
 }
 
 #[test]
+fn what_a_template_says_only_in_the_last_question_is_not_learnt() {
+    // As some templates put the system's words into the last question.
+    let system = "{% for m in messages[1:] %}{{ ('u:' ~ (messages[0].content ~ '!' if loop.last or loop.revindex == 2 and messages[-1].role == 'assistant') ~ m.content ~ ';') if m.role == 'user' else m.content ~ '</s>' }}{% endfor %}";
+    let turns = [("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "why"), ("assistant", "so")];
+    let messages = turns.map(|(role, content)| message(role, content)).to_vec();
+    let record = Record::Messages { messages, tools: None };
+    let (text, learnt) = learnt(&chatting(system), LossOn::Response, &record);
+    assert_eq!((&text[..], &learnt[..]), ("u:hi;yo</s>u:be!why;so</s>", "yo</s>so</s>"));
+}
+
+#[test]
 fn a_turn_that_cannot_be_found_is_named() {
     let silent = "{% for m in messages %}{{ m.role[0] }};{% endfor %}{% if add_generation_prompt %}a;{% endif %}";
     let messages = vec![message("user", "hi"), message("assistant", "yo")];
