@@ -54,10 +54,10 @@ override PARTS: u32 = 1;
 
 /// Rows of a workgroup.
 override ROWS: u32 = 64;
-/// Keys of a tile.
-override KEYS: u32 = 16;
 
 const MOST_WIDTH = 16u;
+/// Keys of a tile.
+const KEYS = 8u;
 /// Below every score.
 const NONE = -3.0e38;
 
@@ -73,15 +73,6 @@ fn key_row(owner: Segment, position: u32) -> u32 {
         row = pages[at(p.pages, min(owner.slot, p.slots - 1u), page)] * p.page_size + position % p.page_size;
     }
     return min(row, p.keys - 1u);
-}
-
-/// The score of key j of the tile, summed over the parts.
-fn score(j: u32, row: u32) -> f32 {
-    var sum = scores[j * PARTS * ROWS + row];
-    for (var part = 1u; part < PARTS; part++) {
-        sum += scores[(j * PARTS + part) * ROWS + row];
-    }
-    return sum;
 }
 
 /// Whether the query at a position sees a key.
@@ -140,34 +131,46 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
         }
         workgroupBarrier();
 
+        // Loops of constant length over arrays of the same length are unrolled, which keeps the arrays in registers.
+        var score: array<f32, KEYS>;
         for (var j = 0u; j < KEYS; j++) {
             let at_key = (j * PARTS + part) * WIDTH;
             var products = vec4<f32>();
             for (var i = 0u; i < WIDTH; i++) {
                 products = fma(query[i], key_tile[at_key + i], products);
             }
-            scores[(j * PARTS + part) * ROWS + local.x] = (products.x + products.y) + (products.z + products.w);
+            score[j] = (products.x + products.y) + (products.z + products.w);
         }
         if PARTS > 1u {
+            for (var j = 0u; j < KEYS; j++) {
+                scores[(j * PARTS + part) * ROWS + local.x] = score[j];
+            }
             workgroupBarrier();
+            for (var j = 0u; j < KEYS; j++) {
+                score[j] = 0.0;
+                for (var other = 0u; other < PARTS; other++) {
+                    score[j] += scores[(j * PARTS + other) * ROWS + local.x];
+                }
+            }
         }
         var next = largest;
         for (var j = 0u; j < KEYS; j++) {
-            next = max(next, select(NONE, score(j, local.x), sees(start + j, position)));
+            score[j] = select(NONE, score[j], sees(start + j, position));
+            next = max(next, score[j]);
         }
         let correction = exp(largest - next);
         largest = next;
         total *= correction;
-        for (var i = 0u; i < WIDTH; i++) {
-            sum[i] *= correction;
-        }
         for (var j = 0u; j < KEYS; j++) {
-            let weight = select(0.0, exp(score(j, local.x) - largest), sees(start + j, position));
-            total += weight;
-            let at_key = (j * PARTS + part) * WIDTH;
-            for (var i = 0u; i < WIDTH; i++) {
-                sum[i] = fma(vec4<f32>(weight), value_tile[at_key + i], sum[i]);
+            score[j] = select(0.0, exp(score[j] - largest), score[j] > NONE);
+            total += score[j];
+        }
+        for (var i = 0u; i < WIDTH; i++) {
+            var four = sum[i] * correction;
+            for (var j = 0u; j < KEYS; j++) {
+                four = fma(vec4<f32>(score[j]), value_tile[(j * PARTS + part) * WIDTH + i], four);
             }
+            sum[i] = four;
         }
     }
 

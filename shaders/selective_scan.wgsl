@@ -92,18 +92,17 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
 
     let quad = lane % QUADS;
     let place = (first + lane / QUADS) * p.d_state + quad * 4u;
-    let mine = lane / QUADS < count;
+    // States of the quad that there are.
+    let own = select(0u, min(p.d_state - min(quad * 4u, p.d_state), 4u), lane / QUADS < count);
     var decay = vec4<f32>();
     var state = vec4<f32>();
-    for (var e = 0u; e < 4u; e++) {
-        if mine && quad * 4u + e < p.d_state {
-            decay[e] = a[at(p.a, first + lane / QUADS, quad * 4u + e)];
-            if p.has_state_in != 0u && owner.past > 0u {
-                if p.in_place != 0u {
-                    state[e] = state_out[at(p.state_out, slot, place + e)];
-                } else {
-                    state[e] = state_in[at(p.state_in, slot, place + e)];
-                }
+    for (var e = 0u; e < own; e++) {
+        decay[e] = a[at(p.a, first + lane / QUADS, quad * 4u + e)];
+        if p.has_state_in != 0u && owner.past > 0u {
+            if p.in_place != 0u {
+                state[e] = state_out[at(p.state_out, slot, place + e)];
+            } else {
+                state[e] = state_in[at(p.state_in, slot, place + e)];
             }
         }
     }
@@ -140,12 +139,10 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             b_tile[i / 4u][i % 4u] = of_b;
             c_tile[i / 4u][i % 4u] = of_c;
         }
-        if p.has_saved != 0u && mine {
+        if p.has_saved != 0u {
             let to = min(owner.start / TILE + group.y + start / TILE, p.saved_rows - 1u);
-            for (var e = 0u; e < 4u; e++) {
-                if quad * 4u + e < p.d_state {
-                    saved[at(p.saved, to, place + e)] = state[e];
-                }
+            for (var e = 0u; e < own; e++) {
+                saved[at(p.saved, to, place + e)] = state[e];
             }
         }
         workgroupBarrier();
@@ -177,11 +174,9 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             }
         }
     }
-    if p.has_state_out != 0u && mine {
-        for (var e = 0u; e < 4u; e++) {
-            if quad * 4u + e < p.d_state {
-                state_out[at(p.state_out, slot, place + e)] = state[e];
-            }
+    if p.has_state_out != 0u {
+        for (var e = 0u; e < own; e++) {
+            state_out[at(p.state_out, slot, place + e)] = state[e];
         }
     }
 }

@@ -108,13 +108,11 @@ fn raw_step(row: u32, channel: u32) -> f32 {
 
 /// Four values of dB or dC of a row: to their columns, or to the parts of a block.
 fn store_group(four: vec4<f32>, row: u32, col: u32, m: u32, parts: u32, block: u32, blocks: u32) {
-    for (var e = 0u; e < 4u; e++) {
-        if m + e < p.d_state {
-            if parts == 0u {
-                dprojected[at(p.dprojected, row, col + m + e)] = Value(four[e]);
-            } else {
-                sums[p.sums.x + parts + (row * blocks + block) * p.d_state + m + e] = four[e];
-            }
+    for (var e = 0u; e < min(p.d_state - min(m, p.d_state), 4u); e++) {
+        if parts == 0u {
+            dprojected[at(p.dprojected, row, col + m + e)] = Value(four[e]);
+        } else {
+            sums[p.sums.x + parts + (row * blocks + block) * p.d_state + m + e] = four[e];
         }
     }
 }
@@ -140,15 +138,14 @@ fn backward(
     let channel = lane / QUADS;
     let quad = lane % QUADS;
     let place = (first + channel) * p.d_state + quad * 4u;
-    let mine = channel < count;
+    // States of the quad that there are.
+    let own = select(0u, min(p.d_state - min(quad * 4u, p.d_state), 4u), channel < count);
     var decay = vec4<f32>();
     var h = vec4<f32>();
-    for (var e = 0u; e < 4u; e++) {
-        if mine && quad * 4u + e < p.d_state {
-            decay[e] = a[at(p.a, first + channel, quad * 4u + e)];
-            if p.has_dstate_out != 0u {
-                h[e] = dstate_out[at(p.dstate_out, slot, place + e)];
-            }
+    for (var e = 0u; e < own; e++) {
+        decay[e] = a[at(p.a, first + channel, quad * 4u + e)];
+        if p.has_dstate_out != 0u {
+            h[e] = dstate_out[at(p.dstate_out, slot, place + e)];
         }
     }
     var da = vec4<f32>();
@@ -194,10 +191,8 @@ fn backward(
         }
         let source = min(owner.start / TILE + group.y + tile, p.saved_rows - 1u);
         var start = vec4<f32>();
-        for (var e = 0u; e < 4u; e++) {
-            if mine && quad * 4u + e < p.d_state {
-                start[e] = saved[at(p.saved, source, place + e)];
-            }
+        for (var e = 0u; e < own; e++) {
+            start[e] = saved[at(p.saved, source, place + e)];
         }
         workgroupBarrier();
 
@@ -291,7 +286,7 @@ fn backward(
         }
         workgroupBarrier();
 
-        if mine && quad == 0u {
+        if own > 0u && quad == 0u {
             for (var t = rows; t > 0u; t--) {
                 let i = (t - 1u) * CHANNELS + channel;
                 dd = fma(dy_tile[i], u_tile[i], dd);
@@ -300,21 +295,16 @@ fn backward(
         }
     }
 
-    if mine {
-        let to = p.sums.x + (group.y * p.channels + first + channel) * (p.d_state + 2u);
-        for (var e = 0u; e < 4u; e++) {
-            let m = quad * 4u + e;
-            if m < p.d_state {
-                sums[to + m] = da[e];
-                if p.has_dstate_in != 0u {
-                    dstate_in[at(p.dstate_in, slot, place + e)] = select(0.0, h[e], owner.past > 0u);
-                }
-            }
+    let to = p.sums.x + (group.y * p.channels + first + channel) * (p.d_state + 2u);
+    for (var e = 0u; e < own; e++) {
+        sums[to + quad * 4u + e] = da[e];
+        if p.has_dstate_in != 0u {
+            dstate_in[at(p.dstate_in, slot, place + e)] = select(0.0, h[e], owner.past > 0u);
         }
-        if quad == 0u {
-            sums[to + p.d_state] = dd;
-            sums[to + p.d_state + 1u] = dbias;
-        }
+    }
+    if own > 0u && quad == 0u {
+        sums[to + p.d_state] = dd;
+        sums[to + p.d_state + 1u] = dbias;
     }
 }
 

@@ -166,7 +166,7 @@ const MLP: u64 = 5;
 const FORWARD: u64 = 1 + 2 * (ATTENTION + MLP) + 2 * (MAMBA + MLP);
 /// Dispatches of the WGSL backend for a decoded token, an op each, and for a training step, where sums take several.
 const DISPATCHES_OF_A_TOKEN: u64 = FORWARD + CHOICE;
-const DISPATCHES_OF_A_STEP: u64 = 300;
+const DISPATCHES_OF_A_STEP: u64 = 245;
 /// Gathered rows, norm, head, choice.
 const CHOICE: u64 = 4;
 

@@ -15,16 +15,18 @@ pub(super) fn embed(call: &mut Call, op: &ops::Embed) -> Result<()> {
 pub(super) fn embed_backward(call: &mut Call, op: &ops::EmbedBackward) -> Result<()> {
     call.check([op.ids, op.dout, op.dweight])?;
     let dweight = View { order: Order::Rows, ..op.dweight };
-    for (first, count) in blocks(dweight.rows, call.rows_at_once(&[dweight])) {
-        call.dispatch(shaders::EMBED_BACKWARD.kernel("embed_backward", &[op.dout.dtype]))
-            .read(op.ids)
-            .read(op.dout)
-            .write(dweight.row_range(first, count)?)
-            .size(first)
-            .size(count)
-            .size(op.dout.rows)
-            .size(op.dout.cols)
-            .grid([op.dout.rows, 1, 1])?;
+    for (token, tokens) in blocks(op.dout.rows, call.rows_at_once(&[op.dout])) {
+        for (first, count) in blocks(dweight.rows, call.rows_at_once(&[dweight])) {
+            call.dispatch(shaders::EMBED_BACKWARD.kernel("embed_backward", &[op.dout.dtype]))
+                .read(op.ids.col_range(token, tokens)?)
+                .read(op.dout.row_range(token, tokens)?)
+                .write(dweight.row_range(first, count)?)
+                .size(first)
+                .size(count)
+                .size(tokens)
+                .size(op.dout.cols)
+                .grid([tokens, 1, 1])?;
+        }
     }
     Ok(())
 }

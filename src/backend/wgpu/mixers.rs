@@ -8,6 +8,8 @@ use crate::backend::{DType, Error, Result, View, ops};
 
 /// Vectors of four columns that an invocation of the attention shaders holds at most.
 const PART: usize = 16;
+/// Keys of a tile of `attention.wgsl`.
+const KEYS: usize = 8;
 /// Invocations of a workgroup of theirs at most, and its bytes of workgroup memory.
 const ATTENTION_LANES: usize = 256;
 const ATTENTION_BYTES: usize = 32 * 1024 - 256;
@@ -65,18 +67,18 @@ struct AttentionTiles {
 }
 
 impl AttentionTiles {
-    /// For a head of `head_dim` columns, where parts meet in `exchanged` bytes of a row of a tile.
-    fn new(call: &Call, head_dim: usize, exchanged: usize) -> Result<Self> {
+    /// For a head of `head_dim` columns, where parts meet in `exchanged` bytes of a row of a tile; of tiles of at least
+    /// `least` rows.
+    fn new(call: &Call, head_dim: usize, exchanged: usize, least: usize) -> Result<Self> {
         let vectors = head_dim.div_ceil(4);
         let parts = vectors.div_ceil(PART);
-        // Few widths, so that few pipelines are made: 1, 2, 4, then multiples of 4.
-        let width = vectors.div_ceil(parts);
-        let width = if width > 4 { width.next_multiple_of(4) } else { width.next_power_of_two() };
+        // Few widths, so that few pipelines are made.
+        let width = vectors.div_ceil(parts).next_multiple_of(4);
         let rows = (ATTENTION_LANES / parts).min(LANES);
         let bytes = |tile: usize| tile * parts * (2 * 16 * width + rows * exchanged);
         let tile = [16, 8, 4, 2, 1].into_iter().find(|tile| bytes(*tile) <= ATTENTION_BYTES);
         match tile {
-            Some(tile) if rows > 0 => Ok(AttentionTiles { width, parts, rows, tile }),
+            Some(tile) if rows > 0 && tile >= least => Ok(AttentionTiles { width, parts, rows, tile }),
             _ => {
                 let what = format!("heads of {head_dim} columns");
                 Err(Error::Unsupported { backend: "wgpu", op: call.op, what })
@@ -84,12 +86,8 @@ impl AttentionTiles {
         }
     }
 
-    fn kernel(&self, kernel: Kernel, tile: &'static str) -> Kernel {
-        kernel
-            .with("WIDTH", self.width as u32)
-            .with("PARTS", self.parts as u32)
-            .with("ROWS", self.rows as u32)
-            .with(tile, self.tile as u32)
+    fn kernel(&self, kernel: Kernel) -> Kernel {
+        kernel.with("WIDTH", self.width as u32).with("PARTS", self.parts as u32).with("ROWS", self.rows as u32)
     }
 }
 
@@ -107,8 +105,8 @@ pub(super) fn attention(call: &mut Call, op: &ops::Attention) -> Result<()> {
     f32s(call, op.lse)?;
     let types = [common(call, &[op.q, op.out])?, common(call, &[k, v])?];
     call.check([op.segments.positions])?;
-    let tiles = AttentionTiles::new(call, shape.head_dim, 4)?;
-    let kernel = tiles.kernel(shaders::ATTENTION.kernel("forward", &types), "KEYS");
+    let tiles = AttentionTiles::new(call, shape.head_dim, 4, KEYS)?;
+    let kernel = tiles.kernel(shaders::ATTENTION.kernel("forward", &types));
     let has_keys = k.rows > 0 && pages.is_none_or(|pages| !pages.is_empty());
     call.dispatch(kernel)
         .read(table)
@@ -138,7 +136,7 @@ pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -
     f32s(call, [op.lse])?;
     let dtype = common(call, &[op.q, op.k, op.v, op.out, op.dout, op.dq, op.dk, op.dv])?;
     call.check([table, op.segments.positions, op.q, op.k, op.v, op.out, op.lse, op.dout, op.dq, op.dk, op.dv])?;
-    let tiles = AttentionTiles::new(call, shape.head_dim, 8)?;
+    let tiles = AttentionTiles::new(call, shape.head_dim, 8, 1)?;
     let inner = call.scratch(Slot::Partials, tokens, shape.heads)?;
     let passes = [
         (
@@ -149,7 +147,7 @@ pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -
         ("keys", [inner, op.dk, op.dv], [chunks(keys, table.rows + 1, tiles.rows), shape.kv_heads, 1]),
     ];
     for (entry, own, grid) in passes {
-        let kernel = tiles.kernel(shaders::ATTENTION_BACKWARD.kernel(entry, &[dtype]), "TILE");
+        let kernel = tiles.kernel(shaders::ATTENTION_BACKWARD.kernel(entry, &[dtype])).with("TILE", tiles.tile as u32);
         call.dispatch(kernel)
             .read(table)
             .read(op.q)
@@ -260,9 +258,7 @@ pub(super) fn conv1d_backward(call: &mut Call, op: &ops::Conv1dBackward) -> Resu
     if op.dweight.is_none() && op.dbias.is_none() {
         return Ok(());
     }
-    let kernel = shaders::CONV1D
-        .kernel("reduce", &[DType::F32, DType::F32])
-        .with("WIDTH", shape.width as u32);
+    let kernel = shaders::CONV1D.kernel("reduce", &[DType::F32, DType::F32]).with("WIDTH", shape.width as u32);
     call.dispatch(kernel)
         .read(table)
         .read(sums)
@@ -310,10 +306,7 @@ impl ScanBlocks {
     }
 
     fn kernel(&self, shader: &'static Shader, entry: &'static str, types: &[DType]) -> Kernel {
-        shader
-            .kernel(entry, types)
-            .with("CHANNELS", self.channels as u32)
-            .with("QUADS", self.quads as u32)
+        shader.kernel(entry, types).with("CHANNELS", self.channels as u32).with("QUADS", self.quads as u32)
     }
 }
 

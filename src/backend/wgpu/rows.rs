@@ -35,25 +35,27 @@ pub(super) fn scale(call: &mut Call, op: &ops::Scale) -> Result<()> {
     Ok(())
 }
 
-/// `out[i] = src[rows[i]]`, with `src` in parts that fit into a binding.
+/// `out[i] = src[rows[i]]`, with `src` and `out` in parts that fit into a binding.
 pub(super) fn gather_rows(call: &mut Call, src: View, rows: View, out: View) -> Result<()> {
     call.check([src, rows, out])?;
     if src.rows == 0 {
         return Ok(());
     }
     let total = src.rows;
-    for (first, count) in blocks(total, call.rows_at_once(&[src])) {
-        let part = src.row_range(first, count)?;
-        call.dispatch(shaders::GATHER.kernel("gather", &[src.dtype, out.dtype]))
-            .read(part)
-            .read(rows)
-            .write(out)
-            .size(first)
-            .size(count)
-            .size(total)
-            .size(out.rows)
-            .size(out.cols)
-            .grid(grid(out))?;
+    for (row, n) in blocks(out.rows, call.rows_at_once(&[out])) {
+        let (rows, out) = (rows.col_range(row, n)?, out.row_range(row, n)?);
+        for (first, count) in blocks(total, call.rows_at_once(&[src])) {
+            call.dispatch(shaders::GATHER.kernel("gather", &[src.dtype, out.dtype]))
+                .read(src.row_range(first, count)?)
+                .read(rows)
+                .write(out)
+                .size(first)
+                .size(count)
+                .size(total)
+                .size(n)
+                .size(out.cols)
+                .grid(grid(out))?;
+        }
     }
     Ok(())
 }
