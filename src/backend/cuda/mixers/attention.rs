@@ -35,7 +35,10 @@ fn by_rows(c: &Call, rows: usize, heads: usize) -> Result<Shape> {
 
 /// Blocks along the second axis of a grid.
 fn along(c: &Call, what: &str, blocks: usize) -> Result<u32> {
-    u32::try_from(blocks).ok().filter(|&blocks| blocks <= 65535).ok_or_else(|| c.unsupported("attention", format!("{blocks} {what}")))
+    u32::try_from(blocks)
+        .ok()
+        .filter(|&blocks| blocks <= 65535)
+        .ok_or_else(|| c.unsupported("attention", format!("{blocks} {what}")))
 }
 
 /// The window as kernels take it: 0 is none.
@@ -130,8 +133,10 @@ pub(in crate::backend::cuda) fn attention_backward(c: &mut Call, op: &ops::Atten
     let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
     let query_tiles = along(c, "tiles of queries", q.rows / (DQ_ROWS / group as usize) + segments.capacity)?;
     let key_tiles = along(c, "tiles of keys", k.rows / KEYS + segments.capacity)?;
-    let blocks = |tiles, threads, shared_bytes: usize| {
-        Shape { grid: [kv_heads, tiles, 1], block: [threads, 1, 1], shared_bytes: shared_bytes as u32 }
+    let blocks = |tiles, threads, shared_bytes: usize| Shape {
+        grid: [kv_heads, tiles, 1],
+        block: [threads, 1, 1],
+        shared_bytes: shared_bytes as u32,
     };
     let by_queries = blocks(query_tiles, 256, (2 * DQ_ROWS + 4 * KEYS) * shape.head_dim * 2);
     c.launch((source, "attention_dq_mma"), &defines, by_queries, &of_dq)?;
