@@ -6,7 +6,7 @@
 // attention_dkv_mma: a block has 64 keys of one head, 16 a warp, and goes over tiles of 64 rows of the queries that see
 // them, 32 at a time: Sᵀ = K·Qᵀ, dPᵀ = V·doutᵀ, dV += Pᵀ·dout, dK += dSᵀ·Q. Blocks: key heads along x, key tiles along y.
 // Both sum in the order of the tiles: S and dP are computed twice, so that nothing is added by two blocks.
-// attention_no_keys: gradients of the rows after the last segment's keys, which are 0.
+// attention_no_keys: gradients of the keys that no query sees, of segments without rows and after the last, which are 0.
 //
 // Shared memory: (2·128 + 4·64)·HEAD_DIM·2 bytes, and 6·64·HEAD_DIM·2 + 1024. Registers: at most 255, no spills.
 // Macros: those of attention_mma.cuh. Source: Dao, arXiv:2307.08691.
@@ -239,15 +239,20 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 2)
     }
 }
 
-// A block a row.
+// A thread a row.
 extern "C" __global__ void attention_no_keys(const Segment* segments, int capacity, long long key_rows, int width,
                                              Rows<T_X> dk, Rows<T_X> dv) {
-    long long used = 0;
-    for (int s = 0; s < capacity; ++s)
-        if (segments[s].len > 0) used = max(used, (long long)segments[s].keys + segments[s].past + segments[s].len);
-    for (long long row = used + blockIdx.x; row < key_rows; row += gridDim.x)
-        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    long long threads = (long long)gridDim.x * blockDim.x;
+    for (long long row = blockIdx.x * (long long)blockDim.x + threadIdx.x; row < key_rows; row += threads) {
+        bool queried = false;
+        for (int s = 0; s < capacity; ++s) {
+            long long position = row - segments[s].keys;
+            queried |= segments[s].len > 0 && position >= 0 && position < (long long)segments[s].past + segments[s].len;
+        }
+        if (queried) continue;
+        for (int i = 0; i < width; ++i) {
             store(dk.row(row) + i, 0.0f);
             store(dv.row(row) + i, 0.0f);
         }
+    }
 }

@@ -24,7 +24,11 @@ fn clip_factor() {
     var clip = squared;
     if finite(squared) {
         norm = sqrt(squared);
-        clip = min(1.0, p.max_norm / (norm + 1e-6));
+        // A quotient of an infinite number may be anything.
+        clip = 1.0;
+        if (finite(p.max_norm)) {
+            clip = min(1.0, p.max_norm / (norm + 1e-6));
+        }
     }
     control[p.control.x + NORM] = norm;
     control[p.control.x + CLIP] = clip;

@@ -145,6 +145,7 @@ impl Blas {
                 stream,
             )
         })
+        .map_err(|error| format!("{error} for {:?}", Sizes::of(product)))
     }
 
     fn record(&self, cache: &Cache) {

@@ -24,7 +24,8 @@ fn copy_of(place: &Place, start: u64, dtype: DType) -> Place {
 }
 
 /// `out = a·b (+ bias) (+ out)` where dtypes may differ: narrower factors are widened, and an output that the library does not
-/// write, and a bias of another dtype than the output, take a copy. The two factors say how they are taken.
+/// write, and a bias that it does not read (of another dtype than the output, or not on a border of 16 bytes), take a copy.
+/// The two factors say how they are taken.
 fn product(
     c: &mut Call,
     [(a, a_transposed), (b, b_transposed)]: [(Place, bool); 2],
@@ -36,7 +37,7 @@ fn product(
     let bytes =
         |place: &Place, needed: bool, dtype: DType| if needed { place.rows * place.cols * dtype.size() } else { 0 };
     let of_out = if directly { out.dtype } else { DType::F32 };
-    let bias_copied = bias.filter(|bias| bias.dtype != of_out);
+    let bias_copied = bias.filter(|bias| bias.dtype != of_out || !bias.start.is_multiple_of(16));
     let sizes = [
         bytes(&a, a.dtype != dtype, dtype),
         bytes(&b, b.dtype != dtype, dtype),

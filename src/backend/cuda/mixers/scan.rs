@@ -30,8 +30,7 @@ impl Tiles {
     /// None if a channel has too many states.
     fn new(inputs: &ops::ScanInputs) -> Option<Self> {
         let (lanes, widest) = match inputs.d_state() {
-            0..=16 => (4, 16),
-            17..=32 => (8, 16),
+            0..=32 => (8, 16),
             33..=64 => (16, 8),
             65..=128 => (32, 4),
             129..=256 => (32, 2),
@@ -89,7 +88,11 @@ impl Tiles {
 
     /// Tokens that backward takes in one stretch of code; as many as registers allow.
     fn backward_group(&self, vector: bool) -> usize {
-        if vector && self.d_state <= 64 { 8 } else { 4 }
+        match self.d_state {
+            0..=16 if vector => 16,
+            17..=64 if vector => 8,
+            _ => 4,
+        }
     }
 
     fn number(value: usize) -> Value {
@@ -107,10 +110,10 @@ const GROUPS: [usize; 2] = [STEPS, 4];
 /// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
 /// the most of each kind.
 pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
-    let layouts = [(16, 4, 16, 1), (16, 4, 16, 0), (32, 8, 16, 0), (64, 16, 8, 0), (128, 32, 4, 0), (256, 32, 2, 0)];
+    let layouts = [(16, 8, 16, 1), (16, 8, 16, 0), (32, 8, 16, 0), (64, 16, 8, 0), (128, 32, 4, 0), (256, 32, 2, 0)];
     let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"];
     let both = |(d_state, lanes, tile, vector)| {
-        let backward = if vector == 1 { 8 } else { 4 };
+        let backward = if vector == 1 { 16 } else { 4 };
         [STEPS, backward]
             .map(|group| names.into_iter().zip([d_state, lanes, tile, vector, group].map(Tiles::number)).collect())
     };
