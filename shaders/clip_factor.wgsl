@@ -1,5 +1,5 @@
-// norm = √squared_norm and clip = min(1, max_norm / (norm + 1e-6)) into the control numbers. A norm that is not finite is
-// the clip as well, so that the update is skipped.
+// norm = √squared_norm and clip = min(1, max_norm / (norm + 1e-6)) into the control numbers. A norm that is not
+// finite makes the clip NaN, so that the update is skipped.
 //
 // One invocation.
 
@@ -21,14 +21,11 @@ struct Parameters {
 fn clip_factor() {
     let squared = squared_norm[p.squared_norm.x];
     var norm = squared;
-    var clip = squared;
+    // The bits of NaN, whether it is NaN or infinite.
+    var clip = bitcast<f32>(bitcast<u32>(squared) | 0x7fc00000u);
     if finite(squared) {
         norm = sqrt(squared);
-        // A quotient of an infinite number may be anything.
-        clip = 1.0;
-        if (finite(p.max_norm)) {
-            clip = min(1.0, p.max_norm / (norm + 1e-6));
-        }
+        clip = min(1.0, p.max_norm / (norm + 1e-6));
     }
     control[p.control.x + NORM] = norm;
     control[p.control.x + CLIP] = clip;
