@@ -1,0 +1,587 @@
+#!/usr/bin/env python3
+"""Times h1's mixer kernels on one card beside PyTorch, after holding them to a reference.
+
+    python3 mixers.py KERNELS_FOLDER [--only scan,attention,conv] [--quick]      on a card: NVRTC and the driver through ctypes
+    python3 mixers.py KERNELS_FOLDER --emulate                                   anywhere: small shapes on the CPU, no times
+"""
+import argparse, ctypes, hashlib, math, os, subprocess, sys, tempfile
+import torch
+import torch.nn.functional as F
+
+ap = argparse.ArgumentParser()
+ap.add_argument("kernels")
+ap.add_argument("--only", default="scan,attention,decode,conv")
+ap.add_argument("--emulate", action="store_true")
+ap.add_argument("--sanitize", action="store_true")
+ap.add_argument("--order", type=int, default=0)
+ap.add_argument("--quick", action="store_true", help="the checks, and one size of times")
+ap.add_argument("--profile", default="", help="scan, scan_backward, attention, attention_backward, decode: only this one, three times at full size (ncu --set full -k regex:selective_scan -s 1 -c 1)")
+ap.add_argument("--define", action="append", default=[], help="NAME=VALUE for every kernel")
+args = ap.parse_args()
+DEV = "cpu" if args.emulate else "cuda"
+CTYPE = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_longlong)]
+
+
+def R(t, col=0):
+    if t is None:
+        return Rows(0, 0)
+    return Rows(t.data_ptr() + col * t.element_size(), t.stride(0))
+
+
+def P(t):
+    return ctypes.c_void_p(0 if t is None else t.data_ptr())
+
+
+I, L, FL = ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+
+
+class Cuda:
+    def __init__(self):
+        torch.cuda.init()
+        torch.zeros(1, device="cuda")
+        self.cu = ctypes.CDLL("libcuda.so.1")
+        self.nvrtc = None
+        import glob, site
+        names = ["libnvrtc.so.13", "libnvrtc.so"]
+        for root in site.getsitepackages() + [os.path.dirname(os.path.dirname(torch.__file__))]:
+            names += glob.glob(root + "/nvidia/*/lib/libnvrtc.so.1*")
+        names += glob.glob("/usr/local/cuda*/lib64/libnvrtc.so*")
+        for name in names:
+            try:
+                self.nvrtc = ctypes.CDLL(name)
+                break
+            except OSError:
+                pass
+        assert self.nvrtc is not None, "no libnvrtc"
+        a, b = torch.cuda.get_device_capability()
+        self.arch = f"sm_{a}{b}" + ("a" if a == 9 else "")
+        self.modules = {}
+
+    def kernel(self, file, entry, defines):
+        text = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + open(os.path.join(args.kernels, file)).read()
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key not in self.modules:
+            n, prog = self.nvrtc, ctypes.c_void_p()
+            n.nvrtcCreateProgram(ctypes.byref(prog), text.encode(), file.encode(), 0, None, None)
+            opts = [f"--gpu-architecture={self.arch}", "-std=c++17", "-I" + args.kernels, "-lineinfo"]
+            arr = (ctypes.c_char_p * len(opts))(*[o.encode() for o in opts])
+            rc = n.nvrtcCompileProgram(prog, len(opts), arr)
+            size = ctypes.c_size_t()
+            if rc:
+                n.nvrtcGetProgramLogSize(prog, ctypes.byref(size))
+                log = ctypes.create_string_buffer(size.value)
+                n.nvrtcGetProgramLog(prog, log)
+                sys.exit(file + ": " + log.value.decode())
+            n.nvrtcGetCUBINSize(prog, ctypes.byref(size))
+            cubin = ctypes.create_string_buffer(size.value)
+            n.nvrtcGetCUBIN(prog, cubin)
+            module = ctypes.c_void_p()
+            rc = self.cu.cuModuleLoadData(ctypes.byref(module), cubin)
+            assert rc == 0, f"cuModuleLoadData: {rc}"
+            self.modules[key] = module
+        function = ctypes.c_void_p()
+        rc = self.cu.cuModuleGetFunction(ctypes.byref(function), self.modules[key], entry.encode())
+        assert rc == 0, f"{entry}: {rc}"
+
+        def launch(grid, block, shared, arguments):
+            if shared > 48 * 1024:
+                rc = self.cu.cuFuncSetAttribute(function, 8, shared)
+                assert rc == 0, f"{entry}: {shared} bytes of shared memory: {rc}"
+            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            grid, block = list(grid) + [1] * (3 - len(grid)), list(block) + [1] * (3 - len(block))
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            rc = self.cu.cuLaunchKernel(function, *grid, *block, shared, stream, ptrs, None)
+            assert rc == 0, f"{entry} {grid} {block} {shared}: error {rc}"
+
+        def info():
+            value, out = ctypes.c_int(), {}
+            for name, attr in (("regs", 4), ("local", 3)):
+                self.cu.cuFuncGetAttribute(ctypes.byref(value), attr, function)
+                out[name] = value.value
+            return out
+
+        launch.info = info
+        return launch
+
+
+class Emulated:
+    def __init__(self):
+        self.dir = "/tmp/emulated_py"
+        os.makedirs(self.dir, exist_ok=True)
+
+    def kernel(self, file, entry, defines):
+        text = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + open(os.path.join(args.kernels, file)).read()
+        text += f"\nH1_EXPORT({entry})\n"
+        every = "".join(open(os.path.join(args.kernels, f)).read() for f in sorted(os.listdir(args.kernels)) if not f.endswith(".cu"))
+        so = f"{self.dir}/{hashlib.sha256((text + every + str(args.sanitize)).encode()).hexdigest()[:20]}.so"
+        if not os.path.exists(so):
+            with open(so[:-3] + ".cu", "w") as f:
+                f.write(text)
+            flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"] if args.sanitize else []
+            subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags, "-I", args.kernels,
+                            "-x", "c++", so[:-3] + ".cu", "-o", so], check=True)
+        function = getattr(ctypes.CDLL(so), "h1_launch_" + entry)
+        function.restype = ctypes.c_char_p
+
+        def launch(grid, block, shared, arguments):
+            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            g = (ctypes.c_uint * 3)(*(list(grid) + [1] * (3 - len(grid))))
+            b = (ctypes.c_uint * 3)(*(list(block) + [1] * (3 - len(block))))
+            error = function(ptrs, g, b, ctypes.c_size_t(shared), ctypes.c_uint(args.order))
+            assert error is None, f"{entry}: {error}"
+
+        launch.info = lambda: {}
+        return launch
+
+
+ENGINE = Emulated() if args.emulate else Cuda()
+DEFINES = dict(d.split("=") for d in args.define)
+FAILED = []
+
+
+def kernel(file, entry, **defines):
+    return ENGINE.kernel(file, entry, {**defines, **DEFINES})
+
+
+def check(name, got, want, tolerance):
+    got, want = got.double(), want.double()
+    scale = max(want.abs().max().item(), 1e-3)
+    error = (got - want).abs().max().item() / scale
+    bad = not (error <= tolerance)
+    if bad:
+        FAILED.append(name)
+    print(f"  {'WRONG' if bad else 'ok   '} {name:40} error {error:.1e} of {scale:.2g} (may {tolerance:.0e})", flush=True)
+
+
+def time_us(run, repeats=20):
+    if args.emulate:
+        return float("nan")
+    run(); torch.cuda.synchronize()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    best = 1e30
+    for _ in range(3):
+        start.record()
+        for _ in range(repeats):
+            run()
+        stop.record(); torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(stop) / repeats * 1000)
+    return best
+
+
+def segments_of(lengths, pasts=None):
+    table, start, keys = [], 0, 0
+    for i, n in enumerate(lengths):
+        past = pasts[i] if pasts else 0
+        table.append([start, n, past, i, keys])
+        start += n
+        keys += past + n
+    return torch.tensor(table, dtype=torch.int32, device=DEV), start, keys
+
+
+# ---------------------------------------------------------------- selective scan
+CHUNK = 32
+
+
+class Scan:
+    """Sizes and tensors of one scan; projected holds z, B, C."""
+
+    def __init__(self, lengths, heads, groups_b, width=16, n=16, dtype=torch.bfloat16, seed=0, lanes=4, group=32, held=8, vector=1):
+        g = torch.Generator(device=DEV).manual_seed(seed)
+        rand = lambda *s: torch.randn(*s, generator=g, device=DEV)
+        self.lengths, self.n, self.heads, self.groups_b, self.dtype = lengths, n, heads, groups_b, dtype
+        self.ch = heads * width
+        self.table, self.t, _ = segments_of(lengths)
+        self.cols = [0, self.ch, self.ch + groups_b * n]          # z, B, C
+        self.projected = rand(self.t, self.cols[2] + heads * n).to(dtype)
+        self.u = rand(self.t, self.ch).to(dtype)
+        self.delta = (rand(self.t, self.ch) - 4).to(dtype)
+        self.a = -(torch.arange(1, n + 1, device=DEV).float().repeat(self.ch, 1)) * torch.exp(0.1 * rand(self.ch, n))
+        self.d, self.bias = 1 + 0.1 * rand(self.ch), 0.3 * rand(self.ch)
+        self.dout = rand(self.t, self.ch).to(dtype)
+        self.rows = self.t // CHUNK + len(lengths)
+        self.saved = torch.empty(self.rows, self.ch * n, device=DEV)
+        self.out = torch.empty_like(self.u)
+        self.run = width
+        self.lanes = lanes
+        self.group, self.held = group, held
+        self.defines = dict(T_U=CTYPE[dtype], T_DELTA=CTYPE[dtype], T_P=CTYPE[dtype], T_OUT=CTYPE[dtype], D_STATE=n, LANES=self.lanes, TILE=16, VECTOR=vector, GROUP=self.group)
+        self.tiles = heads * (-(-width // 16))
+
+    def inputs(self):
+        per_b, per_c = self.ch // self.groups_b, self.ch // self.heads
+        p = self.projected
+        return [R(self.u), R(self.delta), R(self.a), R(p, self.cols[1]), R(p, self.cols[2]), R(p, 0), P(self.d), P(self.bias), I(1),
+                P(self.table), L(self.t), I(self.run), I(per_b), I(per_c), Rows(0, 0), L(0)]
+
+    def forward(self, save=True):
+        k = kernel("selective_scan.cu", "selective_scan", **self.defines)
+        pad = (self.n + self.lanes - 1) // self.lanes * self.lanes
+        size = self.u.element_size()
+        shared = 32 * ((2 if self.n <= 64 else 1) * size * (3 * 16 + 2 * self.n) + 8 * 18 + 8 * pad + 4 * 24)
+        saved = [R(self.saved), L(self.rows)] if save else [Rows(0, 0), L(0)]
+        a = self.inputs() + [Rows(0, 0), L(0)] + saved + [R(self.out)]
+        run = lambda: k((self.tiles, len(self.lengths)), (16 * self.lanes,), shared, a)
+        run.info = k.info
+        return run
+
+    def backward(self):
+        x = CTYPE[self.dtype]
+        defs = {**self.defines, **dict(T_DOUT=x, T_DU=x, T_DDELTA=x, T_DP=x, GROUP=self.held)}
+        defs.pop("T_OUT")
+        k = kernel("selective_scan_backward.cu", "selective_scan_backward", **defs)
+        ksum = kernel("scan_sums.cu", "scan_group_sum", T_DP=x)
+        kseg = kernel("scan_sums.cu", "scan_segment_sum", T_DP=x)
+        s, n, ch = len(self.lengths), self.n, self.ch
+        self.du, self.ddelta = torch.empty_like(self.u), torch.empty_like(self.u)
+        self.dp = torch.empty_like(self.projected)
+        self.da = torch.empty_like(self.a)
+        self.dd, self.dbias = torch.zeros_like(self.d), torch.zeros_like(self.bias)
+        group = self.tiles // self.groups_b
+        self.pb = torch.empty(self.t, self.tiles * n, device=DEV) if group > 1 else None
+        self.pa = torch.empty(s, ch * n, device=DEV)
+        self.pd = torch.empty(s, 2, ch, device=DEV)
+        pad, size = (n + self.lanes - 1) // self.lanes * self.lanes, self.u.element_size()
+        shared = 32 * ((2 if n <= 64 else 1) * size * (4 * 16 + 2 * n) + 16 * 18 + 8 * pad + 4 * 16 * pad + 12 * 24) + 2 * (self.lanes // 2) * self.held * 8 * pad
+        a = self.inputs() + [R(self.saved), L(self.rows), R(self.dout), Rows(0, 0), L(0), R(self.du), R(self.ddelta), R(self.dp, 0),
+                             R(self.dp, self.cols[1]), R(self.dp, self.cols[2]), P(self.pb), P(None), P(self.pa), P(self.pd), I(ch),
+                             Rows(0, 0), L(0)]
+        asum = [P(self.pb), L(self.t), I(self.tiles), I(group), I(n), R(self.dp, self.cols[1])]
+        aseg = [P(self.pa), P(self.pd), P(self.table), I(s), L(self.t), I(ch), I(n), R(self.da), P(self.dd), P(self.dbias)]
+
+        def run():
+            k((self.tiles, s), (16 * self.lanes,), shared, a)
+            if group > 1:
+                ksum((self.t, 1), (256,), 0, asum)
+            kseg(((ch * (n + 2) + 255) // 256,), (256,), 0, aseg)
+
+        run.info = k.info
+        return run
+
+    def reference(self):
+        """f64 with autograd; gives out and gradients."""
+        f = lambda t: t.double().detach().requires_grad_()
+        u, delta, a, p, d, bias = map(f, (self.u, self.delta, self.a, self.projected, self.d, self.bias))
+        n, ch = self.n, self.ch
+        z, b, c = p[:, :self.cols[1]], p[:, self.cols[1]:self.cols[2]], p[:, self.cols[2]:]
+        b = b.view(self.t, self.groups_b, n).repeat_interleave(ch // self.groups_b, 1)
+        c = c.view(self.t, self.heads, n).repeat_interleave(ch // self.heads, 1)
+        dt = F.softplus(delta + bias)
+        ys = []
+        for start, length, *_ in self.table.tolist():
+            s = torch.zeros(ch, n, dtype=torch.float64, device=DEV)
+            for t in range(start, start + length):
+                s = torch.exp(dt[t, :, None] * a) * s + (dt[t] * u[t])[:, None] * b[t]
+                ys.append((s * c[t]).sum(1))
+        out = (torch.stack(ys) + d * u) * F.silu(z)
+        out.backward(self.dout.double())
+        return out, u.grad, delta.grad, a.grad, p.grad, d.grad, bias.grad
+
+
+def scan():
+    print("selective scan: correctness")
+    small = [(dict(lengths=[70, 1, 33], heads=4, groups_b=2), torch.bfloat16, 2e-2), (dict(lengths=[130], heads=2, groups_b=2), torch.float32, 3e-5),
+             (dict(lengths=[65, 64], heads=4, groups_b=1), torch.float16, 3e-3),
+             (dict(lengths=[37], heads=2, groups_b=1, lanes=8, group=16, held=4), torch.float32, 3e-5)]
+    if not args.emulate:
+        small += [(dict(lengths=[300, 1, 200], heads=256, groups_b=64), torch.bfloat16, 2e-2)]
+    for sizes, dtype, tol in small:
+        s = Scan(**sizes, dtype=dtype)
+        s.forward()(); s.backward()()
+        out, *want = s.reference()
+        name = f"{CTYPE[dtype]} {sizes['lengths']} {sizes['heads']}/{sizes['groups_b']} "
+        check(name + "out", s.out, out, tol)
+        for g, got, w in zip(("du", "ddelta", "dA", "dprojected", "dD", "dbias"), (s.du, s.ddelta, s.da, s.dp, s.dd, s.dbias), want):
+            check(name + g, got, w, tol)
+    if args.emulate:
+        return
+    print("selective scan: times (d_inner 4096, 256 heads of 16, d_state 16; B of 64 groups and of 256)")
+    for groups in (64, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            for lengths in ([16384], [4096], [2048] * 8):
+                if args.quick and (dtype != torch.bfloat16 or lengths != [16384]):
+                    continue
+                s = Scan(lengths, 256, groups, dtype=dtype)
+                f, fs, b = s.forward(False), s.forward(True), s.backward()
+                print(f"  {CTYPE[dtype]:5} groups {groups:3} {str(lengths[:2])[:-1] + (', …]' if len(lengths) > 2 else ']'):14} forward {time_us(f):7.0f} µs, saving {time_us(fs):7.0f} µs, "
+                      f"backward {time_us(b, 5):7.0f} µs   regs {f.info().get('regs')}/{b.info().get('regs')} local {f.info().get('local')}/{b.info().get('local')}", flush=True)
+                del s, f, fs, b
+    print("selective scan: variants, bf16, groups 256, [16384]")
+    for lanes, group in ((4, 32), (4, 16), (4, 8), (8, 32), (8, 16), (8, 8)):
+        f = Scan([16384], 256, 256, lanes=lanes, group=group).forward(False)
+        print(f"  forward lanes {lanes} group {group:2}: {time_us(f):7.0f} µs  {f.info()}", flush=True)
+    for lanes, held in ((4, 8), (4, 4), (4, 16), (8, 16), (8, 8), (8, 4)):
+        s = Scan([16384], 256, 256, lanes=lanes, held=held)
+        s.forward(True)()
+        b = s.backward()
+        print(f"  backward lanes {lanes} group {held:2}: {time_us(b, 5):7.0f} µs  {b.info()}", flush=True)
+
+
+# ---------------------------------------------------------------- convolution
+def conv():
+    print("conv1d: correctness, then time (16384 × 1024 to 4096, 4 taps)")
+    for lengths, ci, head, dtype, tol in (([130], 32, 16, torch.float32, 1e-5), ([1, 2, 66, 3, 62], 40, 20, torch.float32, 1e-5), ([64, 9], 80, 40, torch.bfloat16, 2e-2),
+                                          ([100], 96, 16, torch.bfloat16, 2e-2), ([2048], 1024, 16, torch.bfloat16, 2e-2), ([16384], 1024, 16, torch.bfloat16, None)):
+        t, rep, w = sum(lengths), 4, 4
+        if args.emulate and t > 1000:
+            continue
+        x = torch.randn(t, ci, device=DEV).to(dtype)
+        weight, bias = torch.randn(ci * rep, w, device=DEV).to(dtype), torch.randn(ci * rep, device=DEV).to(dtype)
+        dout = torch.randn(t, ci * rep, device=DEV).to(dtype)
+        table, _, _ = segments_of(lengths)
+        out, dx = torch.empty(t, ci * rep, device=DEV, dtype=dtype), torch.empty_like(x)
+        blocks = (t + 63) // 64
+        partial = torch.empty(blocks, ci * rep, w + 1, device=DEV)
+        dweight, dbias = torch.zeros(ci * rep, w, device=DEV), torch.zeros(ci * rep, device=DEV)
+        c = CTYPE[dtype]
+        k = kernel("conv1d.cu", "conv1d", T_X=c, T_W=c, T_OUT=c, TAPS=w)
+        d = dict(T_X=c, T_W=c, T_DOUT=c, T_DX=c, TAPS=w, REPEAT=rep)
+        kb, ks = kernel("conv1d_backward.cu", "conv1d_backward", **d), kernel("conv1d_backward.cu", "conv1d_backward_sum", **d)
+        a = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(rep), I(1), Rows(0, 0), L(0), R(out)]
+        ab = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(1), Rows(0, 0), L(0), R(dout), Rows(0, 0), L(0), R(dx), P(partial)]
+        asum = [P(partial), I(blocks), I(ci * rep), R(dweight), P(dbias)]
+        forward = lambda: k((blocks, (ci * rep + 127) // 128), (128,), 0, a)
+
+        def backward():
+            kb((blocks, -(-ci // (32 // head * head)) if head <= 32 else ci // head * -(-head // 32)), (128,), 4 * (64 + w - 1 + w + 1) * rep * 32, ab)
+            ks(((ci * rep * (w + 1) + 255) // 256,), (256,), 0, asum)
+
+        if tol is None:
+            print(f"  {c} forward {time_us(forward):.0f} µs, backward {time_us(backward):.0f} µs")
+            continue
+        forward(); backward()
+        f = lambda v: v.double().detach().requires_grad_()
+        xr, wr, br = f(x), f(weight), f(bias)
+        xx = xr.view(t, ci // head, 1, head).expand(-1, -1, rep, -1).reshape(t, -1)
+        pre = torch.cat([F.conv1d(F.pad(part.T[None], (w - 1, 0)), wr[:, None], br, groups=ci * rep)[0].T for part in xx.split(lengths)])
+        want = F.silu(pre)
+        want.backward(dout.double())
+        name = f"{c} {lengths}×{ci} "
+        for n, g, r in (("out", out, want), ("dx", dx, xr.grad), ("dweight", dweight, wr.grad), ("dbias", dbias, br.grad)):
+            check(name + n, g, r, tol)
+
+
+# ---------------------------------------------------------------- attention
+class Attention:
+    def __init__(self, lengths, pasts, heads, kv_heads, hd, dtype, window=0, page_size=0, seed=0):
+        g = torch.Generator(device=DEV).manual_seed(seed)
+        rand = lambda *s: torch.randn(*s, generator=g, device=DEV)
+        self.lengths, self.heads, self.kv, self.hd, self.dtype, self.window = lengths, heads, kv_heads, hd, dtype, window
+        self.table, self.t, keys = segments_of(lengths, pasts)
+        self.q = rand(self.t, heads * hd).to(dtype)
+        self.k, self.v = rand(keys, kv_heads * hd).to(dtype), rand(keys, kv_heads * hd).to(dtype)
+        self.dout = rand(self.t, heads * hd).to(dtype)
+        self.out, self.lse = torch.full_like(self.q, float("nan")), torch.full((self.t, heads), float("nan"), device=DEV)
+        self.scale, self.group, self.page_size = hd ** -0.5, heads // kv_heads, page_size
+        self.pages = None
+        self.kk, self.vv = self.k, self.v
+        if page_size:
+            per = max((n + p + page_size - 1) // page_size for n, p in zip(lengths, pasts))
+            order = torch.randperm(per * len(lengths) + 1, generator=torch.Generator().manual_seed(1))
+            self.pages = torch.full((len(lengths), per), 4_000_000, dtype=torch.int32, device=DEV)
+            self.kk = torch.full((len(order) * page_size, kv_heads * hd), float("nan"), device=DEV, dtype=dtype)
+            self.vv = self.kk.clone()
+            free = iter(order.tolist())
+            for s, (start, n, past, slot, first) in enumerate(self.table.tolist()):
+                for page in range((n + past + page_size - 1) // page_size):
+                    to = next(free)
+                    self.pages[s, page] = to
+                    a, b = page * page_size, min((page + 1) * page_size, n + past)
+                    self.kk[to * page_size:to * page_size + b - a] = self.k[first + a:first + b]
+                    self.vv[to * page_size:to * page_size + b - a] = self.v[first + a:first + b]
+
+    def keys(self):
+        p = self.pages
+        return [R(self.kk), R(self.vv), L(self.kk.shape[0]), P(p), L(p.shape[0] if p is not None else 0), L(p.shape[1] if p is not None else 0), I(max(1, self.page_size))]
+
+    def plain(self):
+        x = CTYPE[self.dtype]
+        k = kernel("attention.cu", "attention", T_Q=x, T_KV=x, T_OUT=x, HEAD_DIM=self.hd)
+        a = [R(self.q)] + self.keys() + [P(self.table), I(len(self.lengths)), L(self.t), I(self.group), FL(self.scale), L(self.window), R(self.out), R(self.lse)]
+        return lambda: k(((self.t + 3) // 4, self.heads), (128,), 0, a)
+
+    def mma(self, warps=4, m_tiles=2, parts=1):
+        x = CTYPE[self.dtype]
+        d = dict(T_X=x, HEAD_DIM=self.hd, WARPS=warps, M_TILES=m_tiles)
+        k, kc = kernel("attention_mma.cu", "attention_mma", **d), kernel("attention_mma.cu", "attention_combine", **d)
+        rows = warps * m_tiles * 16
+        queries = rows // self.group
+        tiles = self.t // queries + len(self.lengths)
+        self.po = torch.empty(parts, self.t, self.heads, self.hd, device=DEV) if parts > 1 else None
+        self.pl = torch.full((parts, self.t, self.heads), float("nan"), device=DEV) if parts > 1 else None
+        a = [R(self.q)] + self.keys() + [P(self.table), I(len(self.lengths)), L(self.t), I(self.group), FL(self.scale), L(self.window), R(self.out), R(self.lse), P(self.po), P(self.pl)]
+        ac = [P(self.po), P(self.pl), I(parts), L(self.t), I(self.heads), R(self.out), R(self.lse)]
+        shared = (rows + 4 * 64) * self.hd * 2
+
+        def run():
+            k((self.kv, tiles, parts), (warps * 32,), shared, a)
+            if parts > 1:
+                kc(((self.t * self.heads + 3) // 4,), (128,), 0, ac)
+
+        run.info = k.info
+        return run
+
+    def backward_inputs(self):
+        return [R(self.q), R(self.k), R(self.v), L(self.k.shape[0]), P(self.table), I(len(self.lengths)), L(self.t), I(self.heads), I(self.group), FL(self.scale), L(self.window),
+                R(self.lse), P(self.delta), R(self.dout)]
+
+    def backward(self, mma):
+        x = CTYPE[self.dtype]
+        self.delta = torch.empty(self.t, self.heads, device=DEV)
+        self.dq, self.dk, self.dv = (torch.full_like(y, float("nan")) for y in (self.q, self.k, self.v))
+        d = dict(T_Q=x, T_KV=x, T_OUT=x, T_DOUT=x, T_DQ=x, T_DKV=x, HEAD_DIM=self.hd)
+        kd = kernel("attention_backward.cu", "attention_delta", **d)
+        ad = [R(self.out), R(self.dout), L(self.t), I(self.heads), P(self.delta)]
+        a = self.backward_inputs()
+        if mma:
+            m = dict(T_X=x, HEAD_DIM=self.hd)
+            kq, kkv = kernel("attention_backward_mma.cu", "attention_dq_mma", **m), kernel("attention_backward_mma.cu", "attention_dkv_mma", **m)
+            queries = 128 // self.group
+            tiles, key_tiles = self.t // queries + len(self.lengths), self.k.shape[0] // 64 + len(self.lengths)
+
+            def run():
+                kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad)
+                kq((self.kv, tiles), (256,), MMA_DQ_SHARED(self.hd), a + [R(self.dq)])
+                kkv((self.kv, key_tiles), (128,), MMA_DKV_SHARED(self.hd), a + [R(self.dk), R(self.dv)])
+            run.info = lambda: (kq.info(), kkv.info())
+        else:
+            kq, kkv = kernel("attention_backward.cu", "attention_dq", **d), kernel("attention_backward.cu", "attention_dkv", **d)
+
+            def run():
+                kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad)
+                kq(((self.t + 3) // 4, self.heads), (128,), 0, a + [R(self.dq)])
+                kkv(((self.k.shape[0] + 3) // 4, self.kv), (128,), 0, a + [R(self.dk), R(self.dv)])
+            run.info = lambda: None
+        return run
+
+    def reference(self):
+        f = lambda t: t.double().detach().requires_grad_()
+        q, k, v = f(self.q), f(self.k), f(self.v)
+        outs, lses = [], []
+        for start, n, past, _, first in self.table.tolist():
+            qs = q[start:start + n].view(n, self.heads, self.hd).transpose(0, 1)
+            ks, vs = (x[first:first + n + past].view(n + past, self.kv, self.hd).transpose(0, 1).repeat_interleave(self.group, 0) for x in (k, v))
+            scores = qs @ ks.transpose(1, 2) * self.scale
+            pq, pk = torch.arange(past, past + n, device=DEV)[:, None], torch.arange(n + past, device=DEV)[None]
+            hidden = (pk > pq) | ((pk <= pq - self.window) if self.window else torch.zeros_like(pk > pq))
+            scores = scores.masked_fill(hidden, float("-inf"))
+            lses.append(torch.logsumexp(scores, -1).T)
+            outs.append((torch.softmax(scores, -1) @ vs).transpose(0, 1).reshape(n, -1))
+        out, lse = torch.cat(outs), torch.cat(lses)
+        out.backward(self.dout.double())
+        return out, lse, q.grad, k.grad, v.grad
+
+
+def MMA_DQ_SHARED(hd):
+    return (2 * 128 + 2 * 2 * 64) * hd * 2
+
+
+def MMA_DKV_SHARED(hd):
+    return (2 * 64 + 2 * 2 * 64) * hd * 2 + 2 * 2 * 64 * 4
+
+
+def attention():
+    print("attention: correctness")
+    cases = [  # lengths, pasts, heads, kv heads, head size, dtype, window, page size, (warps, m_tiles, parts), tolerance
+        ([70, 1, 33], [0, 5, 40], 4, 2, 128, torch.bfloat16, 0, 0, (4, 2, 1), 1e-2),
+        ([97, 20], [0, 100], 4, 1, 64, torch.float16, 33, 0, (4, 2, 1), 2e-3),
+        ([130], [70], 3, 1, 64, torch.bfloat16, 0, 16, (4, 2, 1), 1e-2),
+        ([1, 1, 1], [300, 7, 64], 8, 2, 128, torch.bfloat16, 0, 16, (1, 1, 3), 1e-2),
+        ([1, 2], [129, 200], 2, 2, 64, torch.float16, 100, 3, (1, 1, 2), 2e-3),
+    ]
+    if not args.emulate:
+        cases += [([3000, 1, 1000], [0, 50, 1000], 32, 8, 128, torch.bfloat16, 0, 0, (4, 2, 1), 1e-2), ([2000], [100], 32, 8, 128, torch.bfloat16, 512, 16, (4, 2, 1), 1e-2)]
+    for lengths, pasts, heads, kv, hd, dtype, window, page, shape, tol in cases:
+        a = Attention(lengths, pasts, heads, kv, hd, dtype, window, page)
+        out, lse, dq, dk, dv = a.reference()
+        name = f"{CTYPE[dtype]} {lengths}+{pasts} {heads}/{kv}×{hd} w{window} p{page} "
+        a.plain()()
+        check(name + "plain out", a.out, out, tol); check(name + "plain lse", a.lse, lse, 1e-4)
+        a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
+        a.mma(*shape)()
+        check(name + "mma out", a.out, out, tol); check(name + "mma lse", a.lse, lse, 1e-4)
+        if page:
+            continue
+        backwards = ["plain"] + (["mma"] if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")) else [])
+        for path in backwards:
+            a.backward(path == "mma")()
+            for n, g, r in (("dq", a.dq, dq), ("dk", a.dk, dk), ("dv", a.dv, dv)):
+                check(name + path + " " + n, g, r, 2 * tol)
+    if args.emulate:
+        return
+    print("attention: times, causal, TFLOP/s by 2 (forward) and 5 (backward) products of half the square")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    for t, heads, kv, hd in ((16384, 32, 8, 128), (4096, 32, 8, 128), (16384, 32, 8, 64)):
+        if args.quick and (t, hd) != (16384, 128):
+            continue
+        a = Attention([t], [0], heads, kv, hd, torch.bfloat16)
+        flop = 2 * 2 * t * t / 2 * heads * hd
+        show = lambda us, n=2: f"{us:8.0f} µs {flop * n / 2 / us / 1e6:6.0f}"
+        run = a.mma(); us = time_us(run, 5)
+        print(f"  {t} tokens, {heads}/{kv} × {hd}: h1 forward {show(us)}  {run.info()}", flush=True)
+        if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")):
+            run = a.backward(True); us = time_us(run, 3)
+            print(f"    h1 backward {show(us, 5)}  {run.info()}", flush=True)
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            try:
+                with sdpa_kernel(backend):
+                    q = a.q.view(1, t, heads, hd).transpose(1, 2).detach().requires_grad_()
+                    k, v = (x.view(1, t, kv, hd).transpose(1, 2).detach().requires_grad_() for x in (a.k, a.v))
+                    call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                    with torch.no_grad():
+                        us = time_us(call, 5)
+                    o = call(); do = torch.randn_like(o)
+                    back = time_us(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), 3)
+                    print(f"    {name:5} forward {show(us)}  backward {show(back, 5)}", flush=True)
+            except Exception as e:
+                print(f"    {name}: {str(e)[:100]}")
+
+
+def decode():
+    if args.emulate:
+        return
+    print("attention, decode: one token a sequence over pages of 16, 32/8 × 128, GB/s of keys and values")
+    for batch, context in ((1, 16384), (16, 8192), (64, 8192)):
+        a = Attention([1] * batch, [context - 1] * batch, 32, 8, 128, torch.bfloat16, 0, 16)
+        best = None
+        for parts in (1, 2, 4, 8, 16, 32, 64):
+            us = time_us(a.mma(1, 1, parts))
+            if best is None or us < best[0]:
+                best = (us, parts)
+        us, parts = best
+        print(f"  {batch:3} × {context}: {us:7.1f} µs with {parts} parts, {batch * context * 2 * 8 * 128 * 2 / us / 1e3:6.0f} GB/s", flush=True)
+
+
+def profile(what):
+    if what.startswith("scan"):
+        s = Scan([16384], 256, 64)
+        s.forward()()
+        run = s.backward() if what == "scan_backward" else s.forward(False)
+    elif what.startswith("attention"):
+        a = Attention([16384], [0], 32, 8, 128, torch.bfloat16)
+        run = a.mma()
+        if what == "attention_backward":
+            run(); run = a.backward(True)
+    elif what == "decode":
+        run = Attention([1] * 16, [8191] * 16, 32, 8, 128, torch.bfloat16, 0, 16).mma(1, 1, 8)
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+
+
+if args.profile:
+    profile(args.profile)
+    sys.exit(0)
+import traceback
+for name, section in (("scan", scan), ("conv", conv), ("attention", attention), ("decode", decode)):
+    if name in args.only.split(","):
+        try:
+            section()
+        except Exception:
+            traceback.print_exc()
+            FAILED.append(name + " broke off")
+print("all right" if not FAILED else f"{len(FAILED)} WRONG: {FAILED}")
+sys.exit(bool(FAILED))
