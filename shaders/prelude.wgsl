@@ -43,6 +43,11 @@ fn exponential(x: f32) -> f32 {
     return q * power_of_two(half) * power_of_two(i32(n) - half);
 }
 
+/// `exponential` of each: a driver's exp may be off by 3 + 2|x| ulp, too much for a gradient that it is a factor of.
+fn exponentials(x: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(exponential(x.x), exponential(x.y), exponential(x.z), exponential(x.w));
+}
+
 /// ln x within 2 ulp, for x > 0 and not denormal: x = m 2^e with m in [√½, √2). Polynomial of Cephes. ∞ and NaN stay what
 /// they are.
 fn logarithm(x: f32) -> f32 {

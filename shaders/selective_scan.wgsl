@@ -151,7 +151,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
         for (var t = 0u; t < rows; t++) {
             let step = step_tile[t * CHANNELS + channel];
             let input = input_tile[t * CHANNELS + channel];
-            state = fma(exp(step * decay), state, input * b_tile[t * QUADS + quad]);
+            state = fma(exponentials(step * decay), state, input * b_tile[t * QUADS + quad]);
             parts[t * LANES + lane] = dot(state, c_tile[t * QUADS + quad]);
         }
         workgroupBarrier();

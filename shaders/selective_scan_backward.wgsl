@@ -200,7 +200,7 @@ fn backward(
         for (var t = 0u; t < rows; t++) {
             let step = step_tile[t * CHANNELS + channel];
             let input = step * u_tile[t * CHANNELS + channel];
-            state = fma(exp(step * decay), state, input * b_tile[t * QUADS + quad]);
+            state = fma(exponentials(step * decay), state, input * b_tile[t * QUADS + quad]);
             states[t * LANES + lane] = state;
         }
         workgroupBarrier();
@@ -242,7 +242,7 @@ fn backward(
                 before = states[(t - 2u) * LANES + lane];
             }
             h = fma(vec4<f32>(dy_tile[i]), c_tile[(t - 1u) * QUADS + quad], h);
-            let e = exp(step * decay);
+            let e = exponentials(step * decay);
             let kept = h * e * before;
             da = fma(vec4<f32>(step), kept, da);
             moved[(t - 1u) * LANES + lane] = dot(kept, decay);
