@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP)
     if (threadIdx.x % WARP == 0) delta[i] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * WARP)
+extern "C" __global__ void __launch_bounds__(WARPS * WARP, 4)
     attention_dq(Rows<const T_Q> q, Rows<const T_KV> k, Rows<const T_KV> v, long long key_rows,
                  const Segment* segments, int capacity, long long tokens, int heads, int group, float scale,
                  long long window, Rows<const float> lse, const float* delta, Rows<const T_DOUT> dout, Rows<T_DQ> dq) {

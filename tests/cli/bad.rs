@@ -141,7 +141,6 @@ fn generate_refuses_bad_input() {
         ("generate hybrid --prompt 一 --max-new-tokens 18446744073709551615", 1, "too large a context"),
         ("generate hybrid --prompt 一 --batch 0", 2, "--batch"),
         ("generate hybrid --prompt 一 --seed x", 2, "--seed"),
-        ("generate hybrid --prompt 一 --backend wgpu", 1, "backend wgpu: "),
     ]);
 }
 

@@ -58,6 +58,9 @@ impl<'a> Cursor<'a> {
     /// A string that names something.
     pub(super) fn name(&mut self) -> Parsed<&'a str> {
         let name = std::str::from_utf8(self.string()?).map_err(|error| format!("a name is not UTF-8: {error}"))?;
+        if name.chars().any(char::is_control) {
+            return Err(format!("the name {name:?} has control characters"));
+        }
         match name.len() {
             1..=LONGEST_NAME => Ok(name),
             length => Err(format!("a name has {length} bytes, expected 1 to {LONGEST_NAME}")),
