@@ -6,7 +6,9 @@ use std::path::Path;
 use h1::backend::cpu::{self, simd::Simd};
 use h1::backend::cuda::{self, emulated};
 use h1::backend::ops::{Linear, RmsNorm, Swiglu};
-use h1::backend::{DType, Device, Error, HostSlice, Order, Out, Segments, View, cases, reference::Reference, wgpu};
+use h1::backend::{
+    DType, Device, Error, HostSlice, Largest, Order, Out, Segments, View, cases, reference::Reference, wgpu,
+};
 
 /// Sizes that each case is run at: fewer where the CPU stands in for a card, and fewer still where it is watched.
 fn rounds(device: &Device) -> u64 {
@@ -83,6 +85,37 @@ fn memory_that_is_not_there_is_an_error(device: &Device) {
     assert!(segments.write(device, &Segments::documents([3, 3]).unwrap()).is_err());
 }
 
+/// Other values each time, sums that go on, scratch made anew in between, and ops that fail once.
+fn a_recording_does_what_its_ops_do(device: &Device) {
+    let [gate, up, product, recorded, called] = [(); 5].map(|()| device.alloc(DType::F32, 8, 8).unwrap());
+    let weight = device.alloc(DType::F32, 1, 64).unwrap();
+    let weight = weight.view().matrix(0, 8, 8, Order::Weight).unwrap();
+    let ops = |out: View| {
+        device.swiglu(&Swiglu { gate: gate.view(), up: up.view(), out: product.view() })?;
+        device.linear(&Linear { x: product.view(), weight, bias: None, out: Out { view: out, add: true } })
+    };
+    let recording = device.recording();
+    for round in 0..7 {
+        for (k, view) in [(3, gate.view()), (5, up.view()), (11, weight)] {
+            let values: Vec<f32> = (0..64).map(|i| ((i * k + round) % 13) as f32 / 4.0 - 1.5).collect();
+            device.write(HostSlice::F32(&values), view).unwrap();
+        }
+        match round {
+            1 | 4 => {
+                let other = device.recording();
+                let fails = || device.swiglu(&Swiglu { gate: gate.view(), up: up.view(), out: gate.view() });
+                assert!((0..3).all(|_| other.run(fails).is_err()));
+            }
+            3 => device.reserve(&Largest { tokens: 1 << 14, width: 1 << 8, ..Largest::default() }).unwrap(),
+            _ => {}
+        }
+        recording.run(|| ops(recorded.view())).unwrap();
+        ops(called.view()).unwrap();
+        let [recorded, called] = [&recorded, &called].map(|sums| device.read(sums.view()).unwrap().wait().unwrap());
+        assert!(recorded == called && recorded.iter().any(|sum| *sum != 0.0), "round {round}");
+    }
+}
+
 /// The card of this machine. Where there is none the tests on it say so and pass, unless `H1_REQUIRE_CUDA` is set.
 fn card() -> Option<Device> {
     match cuda::device() {
@@ -129,6 +162,7 @@ macro_rules! differential {
                 wrong_shapes_and_kinds_name_the_op_and_the_argument
                 an_output_that_overlaps_an_argument_is_an_error
                 memory_that_is_not_there_is_an_error
+                a_recording_does_what_its_ops_do
             );
         }
     )*};
@@ -217,5 +251,5 @@ fn kernels_touch_only_what_is_theirs() {
         .output()
         .unwrap();
     let [out, error] = [run.stdout, run.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-    assert!(run.status.success() && out.contains("test result: ok. 5 passed"), "{out}\n{error}");
+    assert!(run.status.success() && out.contains("test result: ok. 6 passed"), "{out}\n{error}");
 }

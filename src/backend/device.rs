@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use super::{
-    Backend, BackendInfo, BufferId, Checked, DType, DeviceId, Error, HostSlice, Largest, Order, Readback, Result,
-    SEGMENT_FIELDS, Segments, SegmentsView, View, ops,
+    Backend, BackendInfo, BufferId, Checked, DType, DeviceId, Error, HostSlice, Largest, Order, Readback, RecordingId,
+    Result, SEGMENT_FIELDS, Segments, SegmentsView, View, ops,
 };
 
 /// A backend as models and trainers use it. Cheap to clone; all clones are the same device.
@@ -26,6 +26,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Counts {
+    recordings: AtomicU64,
     launches: AtomicU64,
     allocations: AtomicU64,
     /// Of buffers that live, and the most since it was asked for.
@@ -69,6 +70,37 @@ impl Drop for Buffer {
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.view.fmt(f)
+    }
+}
+
+/// A sequence of ops that is made again and again with the same arguments, such as a step of decoding, so that a device
+/// which can launches all of them at once. Forgotten when dropped.
+pub struct Recording {
+    device: Device,
+    id: RecordingId,
+}
+
+impl Recording {
+    /// Does what `ops` does. It may not call `ops`, but launch again what that launched at an earlier call; so `ops`
+    /// must launch the same ops with the same views each time, in buffers that still live, and neither write, read nor
+    /// allocate; and no other thread may use the device meanwhile.
+    ///
+    /// # Errors
+    /// Those of `ops`, or when the device fails.
+    pub fn run(&self, mut ops: impl FnMut() -> Result<()>) -> Result<()> {
+        self.device.0.backend.record(self.id, &mut ops)
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        self.device.0.backend.forget(self.id);
+    }
+}
+
+impl std::fmt::Debug for Recording {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.id.fmt(f)
     }
 }
 
@@ -154,6 +186,12 @@ impl Device {
             positions: self.alloc(DType::U32, 1, tokens)?,
             host: Vec::with_capacity(tokens.max(segments * SEGMENT_FIELDS)),
         })
+    }
+
+    /// A recording of nothing yet.
+    pub fn recording(&self) -> Recording {
+        let id = RecordingId(self.0.counts.recordings.fetch_add(1, Ordering::Relaxed));
+        Recording { device: self.clone(), id }
     }
 
     /// Makes the backend's scratch for calls up to these sizes.

@@ -24,7 +24,7 @@ mod view;
 pub mod wgpu;
 
 use check::Checked;
-pub use device::{Buffer, Device, SegmentsBuffer};
+pub use device::{Buffer, Device, Recording, SegmentsBuffer};
 pub use error::{Error, Result};
 pub use segments::{SEGMENT_FIELDS, Segment, Segments, SegmentsView};
 pub use view::{BufferId, DType, DeviceId, Order, Out, View, WEIGHT_ROWS, padded_rows};
@@ -121,6 +121,10 @@ impl Readback {
     }
 }
 
+/// A recording's number on its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RecordingId(pub u64);
+
 /// What a backend implements. Its ops are called by [`Device`] alone, which has checked shapes, storage, owners and
 /// overlaps; a backend checks that views lie in their buffers, and says [`Error::Unsupported`] for what it cannot do.
 /// Shapes, formulas and what is saved stand at each op's arguments in [`ops`].
@@ -137,6 +141,13 @@ pub trait Backend: Send + Sync {
     fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()>;
     /// Starts to read a view.
     fn read(&self, src: View) -> Result<Readback>;
+    /// Does what `ops` does, by calling it, or by launching again what it launched at an earlier call with the same
+    /// recording: see [`Recording::run`].
+    fn record(&self, _recording: RecordingId, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        ops()
+    }
+    /// Forgets a recording.
+    fn forget(&self, _recording: RecordingId) {}
 
     /// See [`ops::Embed`].
     fn embed(&self, op: &ops::Embed) -> Result<()>;

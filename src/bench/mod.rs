@@ -5,6 +5,7 @@
 pub mod card;
 mod clock;
 pub mod kernels;
+pub mod roofline;
 pub mod shapes;
 pub mod throughput;
 pub mod train;

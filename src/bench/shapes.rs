@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use rand::RngExt;
+use rayon::prelude::*;
 
 use super::Result;
 use crate::backend::{DType, Device};
@@ -87,18 +88,29 @@ pub fn spread(layers: usize, count: usize) -> LayerSet {
     (0..count.min(layers)).map(|i| (2 * i + 1) * layers / (2 * count)).collect()
 }
 
+/// `config` with `mamba` of its layers turned into Mamba.
+///
+/// # Errors
+/// When it has not so many layers, or its sizes allow no Mamba mixer.
+pub fn hybrid(config: &ModelConfig, mamba: usize) -> Result<ModelConfig> {
+    Ok(conversion(config, mamba)?.config().clone())
+}
+
+fn conversion(config: &ModelConfig, mamba: usize) -> Result<Conversion> {
+    let layers = config.num_hidden_layers();
+    if mamba > layers {
+        return Err(HybridError::NoSuchLayer { layer: mamba, layers }.into());
+    }
+    Ok(Conversion::new(config, config, &spread(layers, mamba), (Init::Mil, MixerShape::default(), 0))?)
+}
+
 /// The attention model `config` with `mamba` of its layers turned into Mamba and random weights. Weights that two such
 /// models share are the same.
 ///
 /// # Errors
 /// When it has not so many layers, its sizes allow no Mamba mixer, or the device has no room.
 pub fn random_model(device: &Device, config: &ModelConfig, mamba: usize, dtype: DType) -> Result<Model> {
-    let layers = config.num_hidden_layers();
-    if mamba > layers {
-        return Err(HybridError::NoSuchLayer { layer: mamba, layers }.into());
-    }
-    let new = spread(layers, mamba);
-    let conversion = Conversion::new(config, config, &new, (Init::Mil, MixerShape::default(), 0))?;
+    let conversion = conversion(config, mamba)?;
     let originals: HashMap<String, TensorSpec> =
         config.tensors().into_iter().map(|spec| (spec.name.clone(), spec)).collect();
     let model = Model::new(device, conversion.config().clone(), dtype)?;
@@ -140,14 +152,14 @@ fn values(spec: &TensorSpec) -> Vec<f32> {
 
 /// `count` values between −`most` and `most`, the same for the same name. Quick rather than good: SplitMix64.
 pub(super) fn uniform(name: &str, count: usize, most: f32) -> Vec<f32> {
-    let mut state = random::stream(0, name).random::<u64>();
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let start = random::stream(0, name).random::<u64>();
+    let value = |index: usize| {
+        let state = start.wrapping_add((index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
+        most * ((mixed >> 40) as f32 / (1_u64 << 23) as f32 - 1.0)
     };
-    (0..count).map(|_| most * next()).collect()
+    (0..count).into_par_iter().map(value).collect()
 }
 
 #[cfg(test)]

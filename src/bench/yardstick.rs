@@ -110,8 +110,8 @@ pub enum Whose {
     Processor,
     /// A card's, measured.
     Card,
-    /// A card's by its data sheet.
-    DataSheet,
+    /// Those of a known card ([`super::card::CARDS`]).
+    Known,
 }
 
 /// What the machine does at its best.

@@ -1,9 +1,11 @@
-//! `h1 bench throughput|train|kernels`.
+//! `h1 bench throughput|train|kernels|roofline`.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+
+mod roofline;
 
 use clap::Subcommand;
 use serde_json::json;
@@ -36,6 +38,7 @@ enum What {
     Throughput(ThroughputArguments),
     Train(TrainArguments),
     Kernels(KernelArguments),
+    Roofline(roofline::RooflineArguments),
 }
 
 /// Tokens a second of prefill and decoding, and the memory of a sequence.
@@ -120,6 +123,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         What::Throughput(arguments) => run_throughput(arguments),
         What::Train(arguments) => run_train(arguments),
         What::Kernels(arguments) => run_kernels(arguments),
+        What::Roofline(arguments) => roofline::run(arguments),
     }?;
     Ok(ExitCode::SUCCESS)
 }
@@ -245,9 +249,7 @@ fn heading(device: &Device, limits: &Limits) -> String {
              copied, {read_gbytes:.1} GB/s read"
         ),
         Whose::Card => format!("this card: {gemm_gflops:.0} GFLOP/s of a square product, {copy_gbytes:.1} GB/s copied"),
-        Whose::DataSheet => {
-            format!("this card by its data sheet: {gemm_gflops:.0} GFLOP/s, {copy_gbytes:.0} GB/s of memory")
-        }
+        Whose::Known => format!("a card of this kind: {gemm_gflops:.0} GFLOP/s, {copy_gbytes:.0} GB/s of memory"),
     };
     format!("{} ({})\n{held_against}\n", device.info().name, device.info().device)
 }

@@ -1,12 +1,12 @@
 //! Sampling, and the scheduler of many sequences over one axis of tokens.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
 use crate::backend::ops::Sample;
-use crate::backend::{self, DType, HostSlice, Segments};
+use crate::backend::{self, DType, HostSlice, Recording, Segments};
 use crate::model::{Activations, Cache, Column, FinalNorm, Keep, Logits, Model};
 use crate::random;
 
@@ -105,6 +105,8 @@ pub struct Generator<'a> {
     temperatures: Column,
     uniforms: Column,
     sampled: Column,
+    /// Steps of decoding by their number of sequences.
+    recordings: HashMap<usize, Recording>,
 }
 
 struct Sequence {
@@ -140,6 +142,7 @@ impl<'a> Generator<'a> {
             temperatures: column(DType::F32)?,
             uniforms: column(DType::F32)?,
             sampled: column(DType::U32)?,
+            recordings: HashMap::new(),
         })
     }
 
@@ -253,17 +256,27 @@ impl<'a> Generator<'a> {
                 uniforms.push(sequence.draws.random::<f32>());
             }
         }
-        self.model.forward(&mut self.activations, &ids, &segments, Some(&mut self.cache), None)?;
-        if last.is_empty() {
-            return Ok(Vec::new());
-        }
+        let Generator { model, cache, activations, norm, logits: head, recordings, .. } = self;
+        model.prepare(activations, &ids, &segments, Some(cache))?;
         let n = last.len();
-        let normed = self.norm.forward(self.model, self.activations.output()?, &last)?;
-        let logits = self.logits.forward(self.model, normed)?;
-        device.write(HostSlice::F32(&temperatures), self.temperatures.of(n)?)?;
-        device.write(HostSlice::F32(&uniforms), self.uniforms.of(n)?)?;
-        let (temperatures, uniforms, out) = (self.temperatures.of(n)?, self.uniforms.of(n)?, self.sampled.of(n)?);
-        device.sample(&Sample { logits, temperatures, uniforms, out })?;
+        if n == 0 {
+            return Ok(model.launch(activations, Some(cache), None).map(|()| Vec::new())?);
+        }
+        norm.choose(device, &last)?;
+        let (temperatures_of, uniforms_of, out) = (self.temperatures.of(n)?, self.uniforms.of(n)?, self.sampled.of(n)?);
+        device.write(HostSlice::F32(&temperatures), temperatures_of)?;
+        device.write(HostSlice::F32(&uniforms), uniforms_of)?;
+        let launch = || {
+            model.launch(activations, Some(cache), None)?;
+            let logits = head.forward(model, norm.launch(model, activations.output()?, n)?)?;
+            device.sample(&Sample { logits, temperatures: temperatures_of, uniforms: uniforms_of, out })
+        };
+        // A step of decoding comes again with the same sizes; what holds a prompt seldom does.
+        if n == ids.len() {
+            recordings.entry(n).or_insert_with(|| device.recording()).run(launch)?;
+        } else {
+            launch()?;
+        }
         Ok(device.read(out)?.wait()?.into_iter().map(|token| token as u32).collect())
     }
 }

@@ -200,24 +200,42 @@ impl Model {
         activations: &mut Activations,
         ids: &[u32],
         segments: &Segments,
-        cache: Option<&mut Cache>,
+        mut cache: Option<&mut Cache>,
         skip: Option<Skip>,
     ) -> Result<()> {
+        self.prepare(activations, ids, segments, cache.as_deref_mut())?;
+        self.launch(activations, cache.as_deref(), skip)
+    }
+
+    /// The first half of [`Self::forward`]: writes what a call is about to the device.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary, a call is larger than the memory, a sequence has a past but there is no
+    /// cache, or the device fails.
+    pub fn prepare(
+        &self,
+        activations: &mut Activations,
+        ids: &[u32],
+        segments: &Segments,
+        cache: Option<&mut Cache>,
+    ) -> Result<()> {
         self.check(ids, segments, cache.is_some())?;
-        let device = &self.device;
-        let tokens = ids.len();
-        let segments_view = activations.segments.write(device, segments)?;
-        activations.last = Some((tokens, segments_view));
-        let cache = match cache {
-            Some(cache) => {
-                cache.prepare(device, segments)?;
-                Some(&*cache)
-            }
-            None => None,
-        };
-        let call = Call { device, tokens, segments: segments_view, cache };
+        let segments_view = activations.segments.write(&self.device, segments)?;
+        activations.last = Some((ids.len(), segments_view));
+        if let Some(cache) = cache {
+            cache.prepare(&self.device, segments)?;
+        }
+        self.device.write(HostSlice::U32(ids), activations.ids.of(ids.len())?)
+    }
+
+    /// The second half of [`Self::forward`]: launches alone, the same for every call of as many tokens.
+    ///
+    /// # Errors
+    /// When nothing was prepared, or the device fails.
+    pub fn launch(&self, activations: &Activations, cache: Option<&Cache>, skip: Option<Skip>) -> Result<()> {
+        let (device, (tokens, segments)) = (&self.device, activations.last()?);
+        let call = Call { device, tokens, segments, cache };
         let column = activations.ids.of(tokens)?;
-        device.write(HostSlice::U32(ids), column)?;
         let weight = self.weights.view(self.ids.embed)?;
         device.embed(&Embed { ids: column, weight, out: activations.hidden[0].of(tokens)? })?;
         for (layer, ids) in self.ids.blocks.iter().enumerate() {

@@ -48,9 +48,25 @@ impl FinalNorm {
     /// # Errors
     /// When there are more than it was made for.
     pub fn forward(&self, model: &Model, stream: View, chosen: &[u32]) -> Result<View> {
-        let (device, n) = (model.device(), chosen.len());
+        self.choose(model.device(), chosen)?;
+        self.launch(model, stream, chosen.len())
+    }
+
+    /// The first half of [`Self::forward`]: writes which rows are chosen.
+    ///
+    /// # Errors
+    /// When there are more than it was made for.
+    pub fn choose(&self, device: &Device, chosen: &[u32]) -> Result<()> {
+        device.write(HostSlice::U32(chosen), self.chosen.of(chosen.len())?)
+    }
+
+    /// The second half: launches alone, for the `n` rows chosen last.
+    ///
+    /// # Errors
+    /// When there are more than it was made for, or the device fails.
+    pub fn launch(&self, model: &Model, stream: View, n: usize) -> Result<View> {
+        let device = model.device();
         let (rows, gathered, out) = (self.chosen.of(n)?, self.gathered.of(n)?, self.normed.of(n)?);
-        device.write(HostSlice::U32(chosen), rows)?;
         device.gather(&Gather { src: stream, rows, out: gathered })?;
         let (weight, inv_rms) = (model.weights().view(model.ids().norm)?, Some(self.inv_rms.of(n)?));
         device.rms_norm(&RmsNorm { x: gathered, weight, eps: model.config().rms_norm_eps as f32, out, inv_rms })?;

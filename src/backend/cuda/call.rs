@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::MutexGuard;
 
-use super::driver::{Arguments, Driver, Kernel, Limits, Pointer, Product, Region, Shape};
+use super::driver::{Arguments, Driver, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
 use super::source::{KernelKey, Source, Value};
-use crate::backend::{BufferId, DType, Error, Order, Result, SegmentsView, View, padded_rows};
+use crate::backend::{BufferId, DType, Error, Order, RecordingId, Result, SegmentsView, View, padded_rows};
 
 /// A buffer in device memory.
 #[derive(Clone, Copy)]
@@ -20,8 +20,18 @@ pub(super) struct Buffer {
 pub(super) struct State {
     pub buffers: HashMap<BufferId, Buffer>,
     pub next: u64,
+    pub recordings: HashMap<RecordingId, Recorded>,
     kernels: HashMap<KernelKey, Kernel>,
     scratch: (Pointer, usize),
+}
+
+/// How far a recording is.
+#[derive(Clone, Copy)]
+pub(super) enum Recorded {
+    /// Its ops ran once: their kernels are loaded, their scratch is made.
+    Ran,
+    /// They are a graph that uses the scratch at this address.
+    Graph(Graph, Pointer),
 }
 
 impl State {
@@ -39,6 +49,11 @@ impl State {
             .map(|buffer| buffer.start.wrapping_add((span.start as u64).wrapping_mul(view.dtype.size() as u64)))
             .map(|start| Place { start, dtype: view.dtype, rows: view.rows, cols: view.cols, stride: view.stride })
             .ok_or(Error::Memory { buffer: view.buffer, dtype: view.dtype, first: span.start, end: span.end })
+    }
+
+    /// Where the scratch lies.
+    pub fn scratch(&self) -> Pointer {
+        self.scratch.0
     }
 
     /// Gives the scratch back.

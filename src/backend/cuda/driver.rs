@@ -38,6 +38,10 @@ pub struct Region {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel(pub usize);
 
+/// Launches, clears and products that were recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Graph(pub usize);
+
 /// How many blocks of how many threads, and the bytes of shared memory that a block asks for when it is launched.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -191,6 +195,23 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// When the library has no algorithm for it.
     fn product(&self, product: &Product) -> Result<()>;
+    /// From now on launches, clears and products are recorded and not done; nothing else may be called.
+    ///
+    /// # Errors
+    /// When the device cannot.
+    fn begin_recording(&self) -> Result<()>;
+    /// Ends the recording.
+    ///
+    /// # Errors
+    /// When the device could not record a call.
+    fn end_recording(&self) -> Result<Graph>;
+    /// Does what was recorded, with the arguments that were given then.
+    ///
+    /// # Errors
+    /// When the device cannot.
+    fn replay(&self, graph: Graph) -> Result<()>;
+    /// Forgets a recording.
+    fn forget(&self, graph: Graph);
     /// Waits until all calls so far are done.
     ///
     /// # Errors

@@ -6,13 +6,13 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use libloading::Library;
 use sha2::{Digest, Sha256};
 
-use super::driver::{Arguments, Driver, Finish, Kernel, Limits, Matrix, Pointer, Product, Region, Shape};
+use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Matrix, Pointer, Product, Region, Shape};
 use super::source::{HEADERS, KernelKey, Source};
 use crate::backend::{DType, Device, Error, Result};
 
@@ -43,7 +43,8 @@ pub fn device(emulation: Emulation) -> Result<Device> {
         shared_bytes: 232_448,
         memory_bytes: 1 << 34,
     };
-    Ok(super::over(Box::new(Emulated { emulation, limits, memory: Mutex::default(), kernels: Mutex::default() })))
+    let (memory, kernels, graphs) = (Mutex::default(), Mutex::default(), Mutex::default());
+    Ok(super::over(Box::new(Emulated { emulation, limits, memory, kernels, graphs })))
 }
 
 static EMULATE: [Source; 2] = [
@@ -58,6 +59,22 @@ struct Emulated {
     limits: Limits,
     memory: Mutex<HashMap<Pointer, Layout>>,
     kernels: Mutex<Kernels>,
+    graphs: Mutex<Graphs>,
+}
+
+/// What a graph does at a time.
+#[derive(Clone)]
+enum Node {
+    Launch(Kernel, Shape, Arguments),
+    Clear(Region),
+    Product(Product),
+}
+
+#[derive(Default)]
+struct Graphs {
+    recording: Option<Vec<Node>>,
+    made: HashMap<Graph, Vec<Node>>,
+    next: usize,
 }
 
 #[derive(Default)]
@@ -141,12 +158,65 @@ impl Emulation {
     }
 }
 
+impl Emulated {
+    fn graphs(&self) -> MutexGuard<'_, Graphs> {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does a thing now, or when what is being recorded is replayed.
+    fn work(&self, node: Node) -> Result<()> {
+        match &mut self.graphs().recording {
+            Some(nodes) => nodes.push(node),
+            None => return self.work_now(&node),
+        }
+        Ok(())
+    }
+
+    fn work_now(&self, node: &Node) -> Result<()> {
+        match node {
+            Node::Launch(kernel, shape, arguments) => self.launch_now(*kernel, *shape, arguments),
+            Node::Clear(region) => {
+                for row in rows(*region) {
+                    // SAFETY: the region lies in device memory.
+                    unsafe { at::<u8>(row).write_bytes(0, region.width) };
+                }
+                Ok(())
+            }
+            Node::Product(product) => {
+                multiply(product);
+                Ok(())
+            }
+        }
+    }
+
+    fn launch_now(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
+        let kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        let &(launch, entry) =
+            kernels.launchers.get(kernel.0).ok_or_else(|| failed("launching", "there is no such kernel"))?;
+        let (mut arguments, shared) = (arguments.addresses(), shape.shared_bytes as usize);
+        let (grid, block) = (shape.grid.as_ptr(), shape.block.as_ptr());
+        // SAFETY: the arguments are those of the kernel, which stays in its outputs.
+        let error = unsafe { launch(arguments.as_mut_ptr(), grid, block, shared, self.emulation.order) };
+        if error.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a text with an end.
+        Err(failed(entry, unsafe { CStr::from_ptr(error) }.to_string_lossy()))
+    }
+
+    /// A card refuses these while it records.
+    fn not_recording(&self, what: &str) -> Result<()> {
+        if self.graphs().recording.is_none() { Ok(()) } else { Err(failed(what, "a graph is being recorded")) }
+    }
+}
+
 impl Driver for Emulated {
     fn limits(&self) -> &Limits {
         &self.limits
     }
 
     fn allocate(&self, bytes: usize, what: &str) -> Result<Pointer> {
+        self.not_recording("allocating memory")?;
         let none = || Error::OutOfMemory { device: self.limits.name.clone(), what: what.into(), bytes };
         let layout = Layout::from_size_align(bytes.max(1), 256).map_err(|_| none())?;
         // SAFETY: the size is not 0.
@@ -167,14 +237,11 @@ impl Driver for Emulated {
     }
 
     fn clear(&self, region: Region) -> Result<()> {
-        for row in rows(region) {
-            // SAFETY: the region lies in device memory.
-            unsafe { at::<u8>(row).write_bytes(0, region.width) };
-        }
-        Ok(())
+        self.work(Node::Clear(region))
     }
 
     fn upload(&self, from: &[u8], to: Region) -> Result<()> {
+        self.not_recording("copying to the device")?;
         for (from, row) in from.chunks(to.width.max(1)).zip(rows(to)) {
             // SAFETY: the region lies in device memory.
             unsafe { at::<u8>(row).copy_from_nonoverlapping(from.as_ptr(), to.width) };
@@ -183,6 +250,7 @@ impl Driver for Emulated {
     }
 
     fn download(&self, from: Region) -> Result<Finish> {
+        self.not_recording("copying from the device")?;
         let mut bytes = Vec::with_capacity(from.width * from.rows);
         for row in rows(from) {
             // SAFETY: the region lies in device memory.
@@ -206,38 +274,36 @@ impl Driver for Emulated {
     }
 
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
-        let kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let &(launch, entry) =
-            kernels.launchers.get(kernel.0).ok_or_else(|| failed("launching", "there is no such kernel"))?;
-        let (mut arguments, shared) = (arguments.addresses(), shape.shared_bytes as usize);
-        let (grid, block) = (shape.grid.as_ptr(), shape.block.as_ptr());
-        // SAFETY: the arguments are those of the kernel, which stays in its outputs.
-        let error = unsafe { launch(arguments.as_mut_ptr(), grid, block, shared, self.emulation.order) };
-        if error.is_null() {
-            return Ok(());
-        }
-        // SAFETY: a text with an end.
-        Err(failed(entry, unsafe { CStr::from_ptr(error) }.to_string_lossy()))
+        self.work(Node::Launch(kernel, shape, arguments.clone()))
     }
 
     fn product(&self, product: &Product) -> Result<()> {
-        let &Product { m, n, k, a, b, out, bias, add } = product;
-        let (a, b) = (values(a, m, k), values(b, k, n));
-        for i in 0..m {
-            let mut sums = vec![0.0f32; n];
-            for (j, sum) in sums.iter_mut().enumerate().filter(|_| bias != 0) {
-                *sum = get(bias, out.dtype, j);
-            }
-            for (l, &factor) in a[i * k..][..k].iter().enumerate() {
-                sums.iter_mut().zip(&b[l * n..][..n]).for_each(|(sum, b)| *sum += factor * b);
-            }
-            for (j, sum) in sums.into_iter().enumerate() {
-                let index = i * out.stride + j;
-                let before = if add { get(out.start, out.dtype, index) } else { 0.0 };
-                put(out.start, out.dtype, index, before + sum);
-            }
-        }
+        self.work(Node::Product(*product))
+    }
+
+    fn begin_recording(&self) -> Result<()> {
+        self.not_recording("beginning a graph")?;
+        self.graphs().recording = Some(Vec::new());
         Ok(())
+    }
+
+    fn end_recording(&self) -> Result<Graph> {
+        let mut graphs = self.graphs();
+        let nodes = graphs.recording.take().ok_or_else(|| failed("recording a graph", "none was begun"))?;
+        graphs.next += 1;
+        let graph = Graph(graphs.next);
+        graphs.made.insert(graph, nodes);
+        Ok(graph)
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        let nodes = self.graphs().made.get(&graph).cloned();
+        let nodes = nodes.ok_or_else(|| failed("launching", "there is no such graph"))?;
+        nodes.iter().try_for_each(|node| self.work_now(node))
+    }
+
+    fn forget(&self, graph: Graph) {
+        self.graphs().made.remove(&graph);
     }
 
     fn synchronise(&self) -> Result<()> {
@@ -251,6 +317,26 @@ impl Drop for Emulated {
         for (start, layout) in memory {
             // SAFETY: allocated with this layout, and forgotten.
             unsafe { dealloc(at::<u8>(start), layout) };
+        }
+    }
+}
+
+/// A product in plain loops.
+fn multiply(product: &Product) {
+    let &Product { m, n, k, a, b, out, bias, add } = product;
+    let (a, b) = (values(a, m, k), values(b, k, n));
+    for i in 0..m {
+        let mut sums = vec![0.0f32; n];
+        for (j, sum) in sums.iter_mut().enumerate().filter(|_| bias != 0) {
+            *sum = get(bias, out.dtype, j);
+        }
+        for (l, &factor) in a[i * k..][..k].iter().enumerate() {
+            sums.iter_mut().zip(&b[l * n..][..n]).for_each(|(sum, b)| *sum += factor * b);
+        }
+        for (j, sum) in sums.into_iter().enumerate() {
+            let index = i * out.stride + j;
+            let before = if add { get(out.start, out.dtype, index) } else { 0.0 };
+            put(out.start, out.dtype, index, before + sum);
         }
     }
 }

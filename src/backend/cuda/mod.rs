@@ -28,10 +28,12 @@ pub mod variants;
 
 use std::sync::{Mutex, PoisonError};
 
-use call::{Buffer, Call, State, padding};
+use rayon::prelude::*;
+
+use call::{Buffer, Call, Recorded, State, padding};
 use driver::{Driver, Limits};
 
-use super::{BackendInfo, BufferId, DType, Device, Error, HostSlice, Largest, Readback, Result, View};
+use super::{BackendInfo, BufferId, DType, Device, Error, HostSlice, Largest, Readback, RecordingId, Result, View};
 
 /// The backend over a driver.
 struct Cuda {
@@ -109,6 +111,39 @@ impl Cuda {
         state.reserve(driver, bytes).map(drop)
     }
 
+    /// The first run of a recording loads kernels and makes scratch, the second is recorded, the others replay it. Scratch
+    /// that was made anew since then begins this again.
+    fn record(&self, id: RecordingId, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let state = self.call("record").state;
+        let (recorded, scratch) = (state.recordings.get(&id).copied(), state.scratch());
+        drop(state);
+        let (now, done) = match recorded {
+            Some(Recorded::Graph(graph, with)) if with == scratch => return self.driver.replay(graph),
+            Some(Recorded::Ran) => {
+                self.driver.begin_recording()?;
+                let made = ops();
+                let graph = self.driver.end_recording();
+                if let (Err(_), Ok(graph)) = (&made, &graph) {
+                    self.driver.forget(*graph);
+                }
+                let graph = made.and(graph)?;
+                (Recorded::Graph(graph, scratch), self.driver.replay(graph))
+            }
+            _ => {
+                self.forget(id);
+                (Recorded::Ran, ops())
+            }
+        };
+        self.call("record").state.recordings.insert(id, now);
+        done
+    }
+
+    fn forget(&self, id: RecordingId) {
+        if let Some(Recorded::Graph(graph, _)) = self.call("forget").state.recordings.remove(&id) {
+            self.driver.forget(graph);
+        }
+    }
+
     fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()> {
         let call = self.call("write");
         let place = call.state.place(dst)?;
@@ -149,12 +184,22 @@ impl Drop for Cuda {
 /// The bytes of values cast to a dtype.
 fn bytes_of(values: HostSlice<'_>, dtype: DType) -> std::borrow::Cow<'_, [u8]> {
     use half::{bf16, f16};
-    fn cast<const N: usize>(values: HostSlice<'_>, bytes: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
+    /// Values that a thread casts at a time.
+    const PIECE: usize = 1 << 16;
+    fn cast<T: Copy + Sync, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N] + Sync) -> Vec<u8> {
+        let mut all = vec![0; values.len() * N];
+        let pieces = all.par_chunks_mut(PIECE * N).zip(values.par_chunks(PIECE));
+        pieces.for_each(|(all, values)| {
+            all.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, &value)| *to = bytes(value));
+        });
+        all
+    }
+    fn through_f32<const N: usize>(values: HostSlice<'_>, bytes: impl Fn(f32) -> [u8; N] + Sync) -> Vec<u8> {
         match values {
-            HostSlice::F32(values) => values.iter().flat_map(|&value| bytes(value)).collect(),
-            HostSlice::Bf16(values) => values.iter().flat_map(|value| bytes(value.to_f32())).collect(),
-            HostSlice::F16(values) => values.iter().flat_map(|value| bytes(value.to_f32())).collect(),
-            HostSlice::U32(values) => values.iter().flat_map(|&value| bytes(value as f32)).collect(),
+            HostSlice::F32(values) => cast(values, bytes),
+            HostSlice::Bf16(values) => cast(values, |value| bytes(value.to_f32())),
+            HostSlice::F16(values) => cast(values, |value| bytes(value.to_f32())),
+            HostSlice::U32(values) => cast(values, |value| bytes(value as f32)),
         }
     }
     match (values, dtype) {
@@ -162,9 +207,9 @@ fn bytes_of(values: HostSlice<'_>, dtype: DType) -> std::borrow::Cow<'_, [u8]> {
         (HostSlice::Bf16(values), DType::Bf16) => bytemuck::cast_slice(values).into(),
         (HostSlice::F16(values), DType::F16) => bytemuck::cast_slice(values).into(),
         (HostSlice::U32(values), DType::U32) => bytemuck::cast_slice(values).into(),
-        (values, DType::Bf16) => cast(values, |value| bf16::from_f32(value).to_ne_bytes()).into(),
-        (values, DType::F16) => cast(values, |value| f16::from_f32(value).to_ne_bytes()).into(),
-        (values, _) => cast(values, f32::to_ne_bytes).into(),
+        (values, DType::Bf16) => through_f32(values, |value| bf16::from_f32(value).to_ne_bytes()).into(),
+        (values, DType::F16) => through_f32(values, |value| f16::from_f32(value).to_ne_bytes()).into(),
+        (values, _) => through_f32(values, f32::to_ne_bytes).into(),
     }
 }
 

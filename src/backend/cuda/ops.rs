@@ -2,7 +2,9 @@
 
 use super::call::Call;
 use super::{Cuda, dense, losses, memory, mixers, products};
-use crate::backend::{Backend, BackendInfo, BufferId, DType, HostSlice, Largest, Readback, Result, View, ops};
+use crate::backend::{
+    Backend, BackendInfo, BufferId, DType, HostSlice, Largest, Readback, RecordingId, Result, View, ops,
+};
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
@@ -34,6 +36,14 @@ macro_rules! backend {
 
             fn read(&self, src: View) -> Result<Readback> {
                 self.read(src)
+            }
+
+            fn record(&self, recording: RecordingId, ops: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+                self.record(recording, ops)
+            }
+
+            fn forget(&self, recording: RecordingId) {
+                self.forget(recording);
             }
 
             $(

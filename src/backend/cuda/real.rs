@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUmem
 
 use super::blas::{self, Blas, WORKSPACE};
 use super::cache::Cache;
-use super::driver::{Arguments, Driver, Finish, Kernel, Limits, Pointer, Product, Region, Shape};
+use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
 use super::source::{HEADERS, KernelKey, ModuleKey};
 use super::staging::{Arrival, Ring, SLOT, Spare};
 use super::{compiler, libraries};
@@ -161,6 +161,9 @@ struct Parts {
     blas: Blas,
     modules: HashMap<ModuleKey, sys::CUmodule>,
     kernels: Vec<(sys::CUfunction, &'static str)>,
+    graphs: HashMap<Graph, sys::CUgraphExec>,
+    /// Graphs made so far.
+    made: usize,
 }
 
 // SAFETY: the driver's handles may be used by any thread.
@@ -190,7 +193,8 @@ impl Card {
         let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
         let cache = Cache::of_user();
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
-        let parts = Parts { ring: Ring::new(&context)?, blas, modules: HashMap::new(), kernels: Vec::new() };
+        let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
+        let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, made: 0 };
         Ok(Card { limits, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
     }
 
@@ -433,6 +437,49 @@ impl Driver for Card {
         made.map_err(|why| self.failed("a product", why))
     }
 
+    fn begin_recording(&self) -> Result<()> {
+        self.context.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the context's own stream.
+        let result = unsafe { sys::cuStreamBeginCapture_v2(self.context.stream, mode) };
+        self.context.check("beginning a graph", result)
+    }
+
+    fn end_recording(&self) -> Result<Graph> {
+        self.context.enter()?;
+        let (mut graph, mut ready) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: each writes a handle; the graph is not used once it has been made ready.
+        unsafe {
+            let ended = sys::cuStreamEndCapture(self.context.stream, &mut graph);
+            self.context.check("recording a graph", ended)?;
+            let result = sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0);
+            sys::cuGraphDestroy(graph);
+            self.context.check("making a graph ready", result)?;
+        }
+        let mut parts = self.parts();
+        parts.made += 1;
+        let graph = Graph(parts.made);
+        parts.graphs.insert(graph, ready);
+        Ok(graph)
+    }
+
+    fn replay(&self, graph: Graph) -> Result<()> {
+        self.context.enter()?;
+        let found = self.parts().graphs.get(&graph).copied();
+        let ready = found.ok_or_else(|| self.failed("launching", "there is no such graph"))?;
+        // SAFETY: a graph that was made ready, on the stream that it was recorded from.
+        self.context.check("a graph", unsafe { sys::cuGraphLaunch(ready, self.context.stream) })
+    }
+
+    fn forget(&self, graph: Graph) {
+        if let Some(ready) = self.parts().graphs.remove(&graph)
+            && self.context.enter().is_ok()
+        {
+            // SAFETY: forgotten above; one that still runs goes when it is done.
+            unsafe { sys::cuGraphExecDestroy(ready) };
+        }
+    }
+
     fn synchronise(&self) -> Result<()> {
         self.context.enter()?;
         // SAFETY: the context's own stream.
@@ -445,9 +492,14 @@ impl Drop for Card {
         if self.synchronise().is_err() {
             return;
         }
-        for module in self.parts().modules.values() {
+        let parts = self.parts();
+        for &graph in parts.graphs.values() {
+            // SAFETY: made here, and it does not run any more.
+            unsafe { sys::cuGraphExecDestroy(graph) };
+        }
+        for &module in parts.modules.values() {
             // SAFETY: loaded here, and nothing of it runs any more.
-            unsafe { sys::cuModuleUnload(*module) };
+            unsafe { sys::cuModuleUnload(module) };
         }
     }
 }

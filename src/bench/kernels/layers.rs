@@ -9,7 +9,7 @@ use crate::model::config::{BlockKind, MambaConfig, ModelConfig};
 use crate::model::{Gradients, Probe};
 
 /// The `m2` mixer of a shape.
-pub(super) fn mixer(config: &ModelConfig) -> Result<MambaConfig> {
+pub(in crate::bench) fn mixer(config: &ModelConfig) -> Result<MambaConfig> {
     if let Some(mamba) = &config.mamba {
         return Ok(mamba.clone());
     }

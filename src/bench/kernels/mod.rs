@@ -5,6 +5,8 @@ mod head;
 mod layers;
 mod mixers;
 
+pub(super) use layers::mixer;
+
 use std::time::Duration;
 
 use serde::Serialize;
