@@ -7,7 +7,8 @@ use h1::backend::cpu::{self, simd::Simd};
 use h1::backend::cuda::{self, emulated};
 use h1::backend::ops::{Linear, RmsNorm, Swiglu};
 use h1::backend::{
-    DType, Device, Error, HostSlice, Largest, Order, Out, Segments, View, cases, reference::Reference, wgpu,
+    DType, Device, Error, HostSlice, Largest, Order, Out, Segments, View, cases, padded_rows, reference::Reference,
+    wgpu,
 };
 
 /// Sizes that each case is run at: fewer where the CPU stands in for a card, and fewer still where it is watched.
@@ -88,7 +89,7 @@ fn memory_that_is_not_there_is_an_error(device: &Device) {
 /// Other values each time, sums that go on, scratch made anew in between, and ops that fail once.
 fn a_recording_does_what_its_ops_do(device: &Device) {
     let [gate, up, product, recorded, called] = [(); 5].map(|()| device.alloc(DType::F32, 8, 8).unwrap());
-    let weight = device.alloc(DType::F32, 1, 64).unwrap();
+    let weight = device.alloc(DType::F32, 1, padded_rows(8) * 8).unwrap();
     let weight = weight.view().matrix(0, 8, 8, Order::Weight).unwrap();
     let ops = |out: View| {
         device.swiglu(&Swiglu { gate: gate.view(), up: up.view(), out: product.view() })?;

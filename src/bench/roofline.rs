@@ -172,7 +172,8 @@ impl Roofline {
         let room = self.card.gibibytes * f64::from(1 << 30) - weight_bytes - RESERVED;
         let largest_batch = (room / cache_bytes as f64).max(0.0) as usize;
         let rate = |work: Work, tokens: usize| tokens as f64 / self.seconds(work).0;
-        let decode = |batch: usize, context: usize| rate(self.decode(config, batch, context), batch);
+        let decode =
+            |batch: usize, context: usize| rate(decode(config, (self.dtype, self.dtype), batch, context), batch);
         let step = distillation(teacher, config, context);
         let again = Work { flops: step.flops + forward(config, context).flops, ..step };
         let prefill = forward(config, context).flops - 2.0 * (context - context.min(1)) as f64 * head(config);
@@ -187,20 +188,18 @@ impl Roofline {
             recomputed_distillation: rate(again, context),
         }
     }
+}
 
-    /// A step of decoding `batch` sequences that have `context` tokens each: weights, keys and values are read, states read and
-    /// written.
-    pub fn decode(&self, config: &ModelConfig, batch: usize, context: usize) -> Work {
-        let weights = products(config) * self.size();
-        let states = config.cache_bytes(0, 0) as f64;
-        let cache = config.cache_bytes(context, self.dtype.size()) as f64 + states;
-        let scores =
-            4.0 * context as f64 * (config.query_width() * config.layers_of(BlockKind::Attention).count()) as f64;
-        Work {
-            flops: batch as f64 * (2.0 * products(config) + scores),
-            bytes: weights + batch as f64 * cache,
-            ..Work::default()
-        }
+/// A step of decoding `batch` sequences that have `context` tokens each, with weights and keys and values stored as said: weights,
+/// keys and values are read, states read and written.
+pub fn decode(config: &ModelConfig, (weights, values): (DType, DType), batch: usize, context: usize) -> Work {
+    let states = config.cache_bytes(0, 0) as f64;
+    let cache = config.cache_bytes(context, values.size()) as f64 + states;
+    let scores = 4.0 * context as f64 * (config.query_width() * config.layers_of(BlockKind::Attention).count()) as f64;
+    Work {
+        flops: batch as f64 * (2.0 * products(config) + scores),
+        bytes: products(config) * weights.size() as f64 + batch as f64 * cache,
+        ..Work::default()
     }
 }
 

@@ -5,14 +5,17 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::yardstick::Limits;
-use super::{Error, Result};
+use super::{Error, Result, roofline};
 use crate::generate::{Event, Generator, Limits as Sizes, Request};
 use crate::model::Model;
+use crate::model::parameters::Part;
 
 /// What is run.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
-    /// Tokens of a prompt.
+    /// Tokens that a sequence is taken to have behind it already, their keys, values and states all 0.
+    pub past: usize,
+    /// Tokens of a prompt after them.
     pub prompt: usize,
     /// New tokens of a sequence.
     pub new_tokens: usize,
@@ -36,9 +39,9 @@ pub struct Throughput {
     /// New tokens of all sequences after the first of each, over the time that they took; none where only one was asked
     /// for.
     pub decode_tokens_per_second: Option<f64>,
-    /// Bytes that decoding a token of every sequence must read at least (every weight but an untied embedding, and the
-    /// caches at half of the new tokens), over the time that it took, as a share of what the machine's memory gives.
-    pub share_of_memory: Option<f64>,
+    /// The least time of decoding a token of every sequence ([`roofline::decode`], at half of the new tokens) by the machine's
+    /// limits, over the time that it took.
+    pub share_of_floor: Option<f64>,
     /// Bytes of a sequence's cache at its end.
     pub cache_bytes: u64,
     /// Bytes of the weights.
@@ -52,19 +55,20 @@ pub struct Throughput {
 /// # Errors
 /// When the load makes no sense, the device has no room, or it fails.
 pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput> {
-    let Load { prompt, new_tokens, batch, call, repeats } = load;
+    let Load { past, prompt, new_tokens, batch, call, repeats } = load;
     if [prompt, new_tokens, batch, call, repeats].contains(&0) {
         return Err(Error::Options("a throughput needs at least one token, one sequence and one run".into()));
     }
     let config = model.config();
     let vocabulary = config.vocab_size as u32;
-    let context = prompt.saturating_add(new_tokens);
+    let context = past.saturating_add(prompt).saturating_add(new_tokens);
     let call = call.min(batch.saturating_mul(prompt));
     model.device().take_peak_bytes();
     let mut generator = Generator::new(model, Sizes { sequences: batch, context, call })?;
     let requests: Vec<Request> = (0..batch)
         .map(|index| Request {
-            prompt: (0..prompt).map(|at| (7 * at as u32 + 13 * index as u32 + 5) % vocabulary).collect(),
+            past,
+            prompt: (0..past + prompt).map(|at| (7 * at as u32 + 13 * index as u32 + 5) % vocabulary).collect(),
             max_new_tokens: new_tokens,
             temperature: 0.0,
             seed: 0,
@@ -76,14 +80,15 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
         prefill = prefill.min(run.prefill);
         decode = decode.min(run.rest / run.rest_tokens as f64);
     }
-    let read = bytes_read(model, batch, prompt + new_tokens / 2);
+    let stored = (model.weights().part(Part::Matrices).dtype, model.activations());
+    let step = roofline::decode(config, stored, batch, past + prompt + new_tokens / 2);
     let decoded = decode.is_finite() && decode > 0.0;
     Ok(Throughput {
         batch,
         prefill_seconds: prefill,
         prefill_tokens_per_second: (batch * prompt) as f64 / prefill,
         decode_tokens_per_second: decoded.then(|| 1.0 / decode),
-        share_of_memory: decoded.then(|| limits.floor(0.0, read) / (decode * batch as f64)),
+        share_of_floor: decoded.then(|| limits.floor(step.flops, step.bytes) / (decode * batch as f64)),
         cache_bytes: config.cache_bytes(context, model.activations().size()),
         weight_bytes: model.weights().bytes(),
         peak_bytes: model.device().take_peak_bytes(),
@@ -112,13 +117,4 @@ fn timed(generator: &mut Generator<'_>, requests: &[Request]) -> Result<Times> {
         true
     })?;
     Ok(Times { prefill, rest: start.elapsed().as_secs_f64() - prefill, rest_tokens })
-}
-
-/// Bytes that one decode step of `batch` sequences of `context` tokens reads at least.
-fn bytes_read(model: &Model, batch: usize, context: usize) -> f64 {
-    let config = model.config();
-    let embedding = if config.tie_word_embeddings { 0 } else { config.vocab_size * config.hidden_size };
-    let size = model.weights().bytes() as f64 / config.parameter_count() as f64;
-    (config.parameter_count() as f64 - embedding as f64) * size
-        + (batch as u64 * config.cache_bytes(context, model.activations().size())) as f64
 }

@@ -52,6 +52,9 @@ struct ThroughputArguments {
     /// Mamba layers of the models of a shape [default: none, and half]
     #[arg(long, value_name = "N", value_delimiter = ',', requires = "shape")]
     mamba: Vec<usize>,
+    /// Tokens that each sequence is taken to have behind it already, keys, values and states all 0.
+    #[arg(long, value_name = "N", default_value = "0")]
+    past: usize,
     /// Tokens of a prompt.
     #[arg(long, value_name = "N", default_value = "1")]
     prompt: NonZeroUsize,
@@ -172,6 +175,7 @@ fn decode(
     let mut measured = Vec::new();
     for batch in &arguments.batch {
         let load = Load {
+            past: arguments.past,
             prompt: arguments.prompt.get(),
             new_tokens: arguments.new_tokens.get(),
             batch: batch.get(),
@@ -199,6 +203,7 @@ fn report_throughput(
             "backend": device.info().name,
             "device": device.info().device,
             "dtype": arguments.device.dtype().to_string(),
+            "past": arguments.past,
             "prompt": arguments.prompt,
             "new_tokens": arguments.new_tokens,
             "limits": limits,
@@ -211,7 +216,7 @@ fn report_throughput(
         ("batch", Align::Right),
         ("prefill tokens/s", Align::Right),
         ("decode tokens/s", Align::Right),
-        ("of memory", Align::Right),
+        ("of the floor", Align::Right),
         ("× the first", Align::Right),
         ("cache bytes a sequence", Align::Right),
         ("peak bytes", Align::Right),
@@ -227,7 +232,7 @@ fn report_throughput(
             one.numbers.batch.to_string(),
             format!("{:.1}", one.numbers.prefill_tokens_per_second),
             words(rate(one), |rate| format!("{rate:.1}")),
-            words(one.numbers.share_of_memory, |share| format!("{:.0}%", 100.0 * share)),
+            words(one.numbers.share_of_floor, |share| format!("{:.0}%", 100.0 * share)),
             words(times, |times| format!("{times:.2}")),
             one.numbers.cache_bytes.to_string(),
             one.numbers.peak_bytes.to_string(),

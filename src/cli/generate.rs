@@ -120,6 +120,7 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut requests = Vec::new();
     for (index, Prompt { text, special, .. }) in prompts.iter().enumerate() {
         requests.push(Request {
+            past: 0,
             prompt: tokenizer.encode(text, *special)?,
             max_new_tokens: arguments.max_new_tokens.get(),
             temperature: arguments.temperature,

@@ -55,6 +55,9 @@ pub enum Error {
 pub struct Request {
     /// Its tokens so far; at least one.
     pub prompt: Vec<u32>,
+    /// Tokens of the prompt, but for its last, that are taken as done: what the cache's memory holds is taken for theirs. 0
+    /// but where decoding is measured in the middle of a long text.
+    pub past: usize,
     /// New tokens, at most.
     pub max_new_tokens: usize,
     /// 0 takes the likeliest token.
@@ -287,7 +290,7 @@ impl Sequence {
             request: index,
             slot,
             tokens: request.prompt.clone(),
-            past: 0,
+            past: request.past.min(request.prompt.len().saturating_sub(1)),
             taken: 0,
             left: request.max_new_tokens,
             temperature: request.temperature,
