@@ -44,6 +44,18 @@ H1_DEVICE void store(float* to, float value) { *to = value; }
 H1_DEVICE void store(bf16* to, float value) { to->bits = bf16_bits(value); }
 H1_DEVICE void store(f16* to, float value) { to->bits = f16_bits(value); }
 
+// Eight values that lie on a border of 16 bytes.
+template <class T>
+struct alignas(16) Eight {
+    T values[8];
+};
+
+// Whether all rows begin on a border of 16 bytes.
+template <class T>
+H1_DEVICE bool aligned(Rows<T> rows) {
+    return ((unsigned long long)rows.data | (unsigned long long)rows.stride * sizeof(T)) % 16 == 0;
+}
+
 // A value of a type that is known at run time alone.
 enum { TYPE_F32, TYPE_BF16, TYPE_F16 };
 H1_DEVICE float load_as(const void* from, int type, long long index) {

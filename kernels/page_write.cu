@@ -5,6 +5,7 @@
 extern "C" __global__ void page_write(Rows<const T_X> rows, const Segment* segments, int capacity,
                                       const unsigned* pages, long long slots, long long pages_a_slot, int page_size,
                                       Rows<T_OUT> out, long long out_rows, long long tokens, long long width) {
+    after_earlier();
     __shared__ int owner;
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
         __syncthreads();

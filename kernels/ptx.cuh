@@ -7,6 +7,14 @@
 #define H1_DEVICE inline
 #endif
 
+// Waits until the launches before this one are done, and lets the next one start. A kernel whose file calls it is launched
+// while the one before it still runs (Source::early), and reads and writes nothing before but weights.
+H1_DEVICE void after_earlier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // f32 to the nearest bf16, ties to even, as its bits.
 H1_DEVICE unsigned short bf16_bits(float value) {
 #ifdef __CUDACC__

@@ -20,6 +20,7 @@ H1_DEVICE void turn(unsigned position, float inv_freq, float& sine, float& cosin
 
 extern "C" __global__ void rope(Rows<T_X> x, const unsigned* positions, const float* inv_freq, float sign,
                                 long long tokens, int heads, int half) {
+    after_earlier();
     int first = blockIdx.y * HEADS, end = min(first + HEADS, heads);
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
         for (int j = threadIdx.x; j < half; j += blockDim.x) {

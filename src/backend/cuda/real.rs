@@ -155,12 +155,23 @@ impl Drop for Context {
     }
 }
 
+/// A kernel on the card.
+#[derive(Clone, Copy)]
+struct Loaded {
+    function: sys::CUfunction,
+    name: &'static str,
+    /// Whether it may be launched early: see [`Source::early`](super::source::Source::early).
+    early: bool,
+}
+
 /// What changes from call to call.
 struct Parts {
     ring: Ring,
     blas: Blas,
     modules: HashMap<ModuleKey, sys::CUmodule>,
-    kernels: Vec<(sys::CUfunction, &'static str)>,
+    kernels: Vec<Loaded>,
+    /// Whether the last launch was that of a kernel which may be launched early, after which another one may.
+    early: bool,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     /// Graphs made so far.
     made: usize,
@@ -194,7 +205,7 @@ impl Card {
         let cache = Cache::of_user();
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
         let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
-        let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, made: 0 };
+        let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, early: false, made: 0 };
         Ok(Card { limits, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
     }
 
@@ -349,6 +360,7 @@ impl Driver for Card {
 
     fn clear(&self, region: Region) -> Result<()> {
         self.context.enter()?;
+        self.parts().early = false;
         let Region { start, width, rows, pitch } = joined(region);
         // SAFETY: the region lies in device memory.
         let result = unsafe {
@@ -364,6 +376,7 @@ impl Driver for Card {
     fn upload(&self, from: &[u8], to: Region) -> Result<()> {
         self.context.enter()?;
         let (mut parts, mut rest) = (self.parts(), from);
+        parts.early = false;
         for part in parts_of(to) {
             let bytes = rest.split_off(..part.width * part.rows);
             let bytes = bytes.ok_or_else(|| self.failed("copying to the device", "too few bytes"))?;
@@ -403,42 +416,53 @@ impl Driver for Card {
         let result = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
         self.context.check(&format!("finding {} in {}", key.entry, key.module), result)?;
         self.allow_shared(function)?;
-        parts.kernels.push((function, key.entry));
+        let early = key.module.source.early() && self.limits.capability >= (9, 0);
+        parts.kernels.push(Loaded { function, name: key.entry, early });
         Ok(Kernel(parts.kernels.len() - 1))
     }
 
+    /// A kernel that may be launched early is, but only after another such one: that one has waited for all before it when
+    /// this one starts, so that what this one reads before it waits, weights, is there.
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         self.context.enter()?;
-        let found = self.parts().kernels.get(kernel.0).copied();
-        let (function, name) = found.ok_or_else(|| self.failed("launching", "there is no such kernel"))?;
+        let mut parts = self.parts();
+        let found = parts.kernels.get(kernel.0).copied();
+        let Loaded { function, name, early } =
+            found.ok_or_else(|| self.failed("launching", "there is no such kernel"))?;
         let (Shape { grid, block, shared_bytes }, mut addresses) = (shape, arguments.addresses());
-        // SAFETY: the arguments are those of the kernel, and are read before this returns.
-        let result = unsafe {
-            sys::cuLaunchKernel(
-                function,
-                grid[0],
-                grid[1],
-                grid[2],
-                block[0],
-                block[1],
-                block[2],
-                shared_bytes,
-                self.context.stream,
-                addresses.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+        let early_now = early & std::mem::replace(&mut parts.early, early);
+        // SAFETY: all 0 is a valid attribute.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: block[0],
+            blockDimY: block[1],
+            blockDimZ: block[2],
+            sharedMemBytes: shared_bytes,
+            hStream: self.context.stream,
+            attrs: &mut attribute,
+            numAttrs: early_now.into(),
         };
+        // SAFETY: the arguments are those of the kernel, and are read before this returns.
+        let result = unsafe { sys::cuLaunchKernelEx(&config, function, addresses.as_mut_ptr(), std::ptr::null_mut()) };
         self.context.check(name, result)
     }
 
     fn product(&self, product: &Product) -> Result<()> {
         self.context.enter()?;
-        let made = self.parts().blas.product(product, self.context.stream.cast(), &self.cache);
+        let mut parts = self.parts();
+        parts.early = false;
+        let made = parts.blas.product(product, self.context.stream.cast(), &self.cache);
         made.map_err(|why| self.failed("a product", why))
     }
 
     fn begin_recording(&self) -> Result<()> {
         self.context.enter()?;
+        self.parts().early = false;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the context's own stream.
         let result = unsafe { sys::cuStreamBeginCapture_v2(self.context.stream, mode) };
@@ -467,6 +491,7 @@ impl Driver for Card {
         self.context.enter()?;
         let found = self.parts().graphs.get(&graph).copied();
         let ready = found.ok_or_else(|| self.failed("launching", "there is no such graph"))?;
+        self.parts().early = false;
         // SAFETY: a graph that was made ready, on the stream that it was recorded from.
         self.context.check("a graph", unsafe { sys::cuGraphLaunch(ready, self.context.stream) })
     }

@@ -11,6 +11,13 @@ pub struct Source {
     pub text: &'static str,
 }
 
+impl Source {
+    /// Whether its kernels may start while the launch before them still runs: they wait for it themselves.
+    pub fn early(&self) -> bool {
+        self.text.contains("after_earlier();")
+    }
+}
+
 impl PartialEq for Source {
     fn eq(&self, other: &Self) -> bool {
         std::ptr::eq(self, other) || self.name == other.name
@@ -139,5 +146,22 @@ impl std::fmt::Display for ModuleKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.source.name)?;
         self.defines.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::variants;
+
+    #[test]
+    fn every_kernel_of_an_early_file_waits() {
+        let mut early = 0;
+        for source in variants::all().iter().map(|module| module.source).filter(|source| source.early()) {
+            let count = |words| source.text.matches(words).count();
+            assert_eq!(count("after_earlier();"), count("extern \"C\""), "{}", source.name);
+            early += 1;
+        }
+        assert!(early > 0);
     }
 }
