@@ -1,7 +1,7 @@
 //! The attention mixer: `o(attention(rope(q x), rope(k x), v x))`; the projections q, k and v may have biases.
 
 use super::cache::{LayerCache, PAGE_SIZE};
-use super::call::{Call, matrix_gradient};
+use super::call::{Call, matrix_gradient, project_side_by_side};
 use super::config::ModelConfig;
 use super::parameters::Space;
 use super::scratch::Rows;
@@ -14,12 +14,8 @@ use crate::backend::{DType, Device, Error, Out, Result, View};
 /// What forward leaves for backward.
 #[derive(Debug)]
 pub struct AttentionSaved {
-    /// `[tokens, heads·head_dim]`, rotated.
-    q: Rows,
-    /// `[tokens, kv_heads·head_dim]`, rotated.
-    k: Rows,
-    /// `[tokens, kv_heads·head_dim]`.
-    v: Rows,
+    /// `[tokens, (heads + 2·kv_heads)·head_dim]`: queries and keys, rotated, and values.
+    qkv: Rows,
     /// `[tokens, heads·head_dim]`: what the heads give, before the output projection.
     heads: Rows,
     /// `[tokens, heads]`.
@@ -39,12 +35,16 @@ impl AttentionSaved {
     pub(super) fn new(device: &Device, config: &ModelConfig, dtype: DType, tokens: usize) -> Result<Self> {
         let rows = |width| Rows::new(device, dtype, tokens, width);
         Ok(AttentionSaved {
-            q: rows(config.query_width())?,
-            k: rows(config.key_value_width())?,
-            v: rows(config.key_value_width())?,
+            qkv: rows(config.query_width() + 2 * config.key_value_width())?,
             heads: rows(config.query_width())?,
             lse: Rows::new(device, DType::F32, tokens, config.num_attention_heads)?,
         })
+    }
+
+    /// Queries, keys and values.
+    fn qkv(&self, config: &ModelConfig, tokens: usize) -> Result<[View; 3]> {
+        let (qkv, wide, narrow) = (self.qkv.of(tokens)?, config.query_width(), config.key_value_width());
+        Ok([qkv.col_range(0, wide)?, qkv.col_range(wide, narrow)?, qkv.col_range(wide + narrow, narrow)?])
     }
 
     /// `[tokens, heads·head_dim]`: what the output projection takes.
@@ -90,11 +90,9 @@ pub(super) fn attend(
     saved: &AttentionSaved,
 ) -> Result<()> {
     let (device, n, segments) = (call.device, call.tokens, call.segments);
-    let (q, k, v) = (saved.q.of(n)?, saved.k.of(n)?, saved.v.of(n)?);
-    for (weight, bias, out) in [(ids.q, ids.q_bias, q), (ids.k, ids.k_bias, k), (ids.v, ids.v_bias, v)] {
-        let (weight, bias) = (weights.view(weight)?, bias.map(|bias| weights.view(bias)).transpose()?);
-        device.linear(&Linear { x, weight, bias, out: Out::assign(out) })?;
-    }
+    let projections = [(ids.q, ids.q_bias), (ids.k, ids.k_bias), (ids.v, ids.v_bias)];
+    project_side_by_side(call, weights, x, projections, saved.qkv.of(n)?)?;
+    let [q, k, v] = saved.qkv(config, n)?;
     rotate(call, config, inv_freq, q, false)?;
     rotate(call, config, inv_freq, k, false)?;
     let keys = match call.cache {
@@ -140,7 +138,7 @@ pub(super) fn backward(
     dx: View,
 ) -> Result<()> {
     let (device, n) = (call.device, call.tokens);
-    let (q, k, v, out) = (saved.q.of(n)?, saved.k.of(n)?, saved.v.of(n)?, saved.heads.of(n)?);
+    let ([q, k, v], out) = (saved.qkv(config, n)?, saved.heads.of(n)?);
     let (dheads, dq, dk, dv) = (scratch.dheads.of(n)?, scratch.dq.of(n)?, scratch.dk.of(n)?, scratch.dv.of(n)?);
     matrix_gradient(call, (out, dout), gradients.of(ids.o)?, None)?;
     let weight = weights.view(ids.o)?;

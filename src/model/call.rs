@@ -1,7 +1,9 @@
 //! One call of a model: the device, who the rows belong to, and what is remembered or left out.
 
 use super::cache::Cache;
-use crate::backend::{Device, Result, SegmentsView, View};
+use super::parameters::{ParameterId, Space};
+use crate::backend::ops::{Linear, LinearBackwardWeight};
+use crate::backend::{Device, Out, Result, SegmentsView, View};
 
 /// A part of a block that a call leaves out, as leave-one-out importance does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,5 +35,32 @@ pub(super) fn matrix_gradient(
     dbias: Option<View>,
 ) -> Result<()> {
     let Some(dweight) = dweight else { return Ok(()) };
-    call.device.linear_backward_weight(&crate::backend::ops::LinearBackwardWeight { x, dout, dweight, dbias })
+    call.device.linear_backward_weight(&LinearBackwardWeight { x, dout, dweight, dbias })
+}
+
+/// Projections of one input, each a weight and perhaps a bias, side by side into `out`: a single product where their parameters
+/// lie one after the other.
+pub(super) fn project_side_by_side<const N: usize>(
+    call: &Call,
+    weights: &Space,
+    x: View,
+    parts: [(ParameterId, Option<ParameterId>); N],
+    out: View,
+) -> Result<()> {
+    let biased = parts.iter().all(|(_, bias)| bias.is_some());
+    let weight = weights.joined(parts.map(|(weight, _)| weight))?;
+    let bias = if biased { weights.joined(parts.map(|(weight, bias)| bias.unwrap_or(weight)))? } else { None };
+    if let Some(weight) = weight
+        && (bias.is_some() || parts.iter().all(|(_, bias)| bias.is_none()))
+    {
+        return call.device.linear(&Linear { x, weight, bias, out: Out::assign(out) });
+    }
+    let mut first = 0;
+    for (weight, bias) in parts {
+        let (weight, bias) = (weights.view(weight)?, bias.map(|bias| weights.view(bias)).transpose()?);
+        let out = Out::assign(out.col_range(first, weight.rows)?);
+        call.device.linear(&Linear { x, weight, bias, out })?;
+        first += weight.rows;
+    }
+    Ok(())
 }

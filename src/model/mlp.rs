@@ -1,6 +1,6 @@
 //! The gated MLP: `down(silu(gate x) ⊙ (up x))`.
 
-use super::call::{Call, matrix_gradient};
+use super::call::{Call, matrix_gradient, project_side_by_side};
 use super::config::ModelConfig;
 use super::scratch::Rows;
 use super::weights::{Gradients, MlpIds};
@@ -11,10 +11,8 @@ use crate::model::parameters::Space;
 /// What forward leaves for backward.
 #[derive(Debug)]
 pub struct MlpSaved {
-    /// `[tokens, intermediate]`.
-    gate: Rows,
-    /// `[tokens, intermediate]`.
-    up: Rows,
+    /// `[tokens, 2·intermediate]`: gate, and up.
+    gate_up: Rows,
     /// `[tokens, intermediate]`: silu(gate) ⊙ up.
     activated: Rows,
 }
@@ -29,8 +27,16 @@ pub struct MlpScratch {
 
 impl MlpSaved {
     pub(super) fn new(device: &Device, config: &ModelConfig, dtype: DType, tokens: usize) -> Result<Self> {
-        let rows = || Rows::new(device, dtype, tokens, config.intermediate_size);
-        Ok(MlpSaved { gate: rows()?, up: rows()?, activated: rows()? })
+        let rows = |width| Rows::new(device, dtype, tokens, width);
+        let width = config.intermediate_size;
+        Ok(MlpSaved { gate_up: rows(2 * width)?, activated: rows(width)? })
+    }
+
+    /// Gate, and up.
+    fn gate_up(&self, tokens: usize) -> Result<[View; 2]> {
+        let both = self.gate_up.of(tokens)?;
+        let width = both.cols / 2;
+        Ok([both.col_range(0, width)?, both.col_range(width, width)?])
     }
 }
 
@@ -44,10 +50,8 @@ impl MlpScratch {
 /// Everything up to the activation: what a recomputation needs.
 pub(super) fn activate(call: &Call, weights: &Space, ids: &MlpIds, x: View, saved: &MlpSaved) -> Result<()> {
     let n = call.tokens;
-    let (gate, up) = (saved.gate.of(n)?, saved.up.of(n)?);
-    for (weight, out) in [(ids.gate, gate), (ids.up, up)] {
-        call.device.linear(&Linear { x, weight: weights.view(weight)?, bias: None, out: Out::assign(out) })?;
-    }
+    project_side_by_side(call, weights, x, [(ids.gate, None), (ids.up, None)], saved.gate_up.of(n)?)?;
+    let [gate, up] = saved.gate_up(n)?;
     call.device.swiglu(&Swiglu { gate, up, out: saved.activated.of(n)? })
 }
 
@@ -68,7 +72,7 @@ pub(super) fn backward(
     dx: View,
 ) -> Result<()> {
     let (device, n) = (call.device, call.tokens);
-    let (gate, up, activated) = (saved.gate.of(n)?, saved.up.of(n)?, saved.activated.of(n)?);
+    let ([gate, up], activated) = (saved.gate_up(n)?, saved.activated.of(n)?);
     let (dactivated, dgate, dup) = (scratch.dactivated.of(n)?, scratch.dgate.of(n)?, scratch.dup.of(n)?);
     matrix_gradient(call, (activated, dout), gradients.of(ids.down)?, None)?;
     let weight = weights.view(ids.down)?;

@@ -200,6 +200,31 @@ impl Space {
         self.part(parameter.part).matrix(parameter.range.start, parameter.rows, parameter.cols, order)
     }
 
+    /// Parameters that lie one after the other, without padding between them, as one: matrices `[Σ out, in]`, vectors
+    /// `[1, Σ n]`; `None` where they do not.
+    ///
+    /// # Errors
+    /// When an id is of another table.
+    pub fn joined<const N: usize>(&self, ids: [ParameterId; N]) -> backend::Result<Option<View>> {
+        let parts = ids.map(|id| self.table.get(id));
+        let (Some(first), Some(last)) = (parts.first(), parts.last()) else { return Ok(None) };
+        let (part, width) = (first.part, |p: &Parameter| if p.part == Part::Matrices { p.cols } else { 1 });
+        let follows = |pair: &[&Parameter]| {
+            let [one, next] = [pair[0], pair[1]];
+            let full = one.range.len() == one.rows * one.cols;
+            full && one.range.end == next.range.start && next.part == part && width(one) == width(next)
+        };
+        if !parts.windows(2).all(follows) {
+            return Ok(None);
+        }
+        let values = parts.iter().map(|p| p.rows * p.cols).sum::<usize>();
+        let (rows, cols, order) = match part {
+            Part::Matrices => (values / width(last).max(1), last.cols, Order::Weight),
+            Part::Vectors => (1, values, Order::Rows),
+        };
+        self.part(part).matrix(first.range.start, rows, cols, order).map(Some)
+    }
+
     /// Writes row-major values of one parameter.
     ///
     /// # Errors
