@@ -91,7 +91,7 @@ def random_blocks(random, values, kind):
 def write(name, model, types, permute, rope_factors=None, make=lambda values, kind: gguf.quants.quantize(values, kind)):
     """Stores each matrix as the next of `types`, gives the model the values that come back, and saves its logits."""
     config = model.config
-    writer = gguf.GGUFWriter(HERE / name, name.removesuffix(".gguf"))
+    writer = gguf.GGUFWriter(HERE / name, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
