@@ -385,7 +385,7 @@ fn the_published_recipe_is_planned_from_its_sizes_alone() {
     let config = example("apriel-h1-15b.toml");
     config.check().unwrap();
     assert_eq!(config.dtype().unwrap(), Some(DType::Bf16));
-    let plan = Plan::new(&config, Path::new("."), DType::Bf16, 1e15).unwrap();
+    let plan = Plan::new(&config, Path::new("."), (DType::Bf16, DType::Bf16), 1e15).unwrap();
     assert_eq!(plan.teacher_parameters, 14_974_182_400);
     assert_eq!(plan.step_tokens, 1_048_576);
     let of = |of: fn(&h1::distill::plan::StagePlan) -> u64| plan.stages.iter().map(of).collect::<Vec<_>>();
@@ -405,6 +405,13 @@ fn the_published_recipe_is_planned_from_its_sizes_alone() {
     assert_eq!(hybrid.memory.gradients, 4 * 15_694_627_840);
     assert_eq!(hybrid.memory.moments, 8 * 15_694_627_840);
     assert_eq!(hybrid.memory.student, 6 * 15_694_627_840);
+    // Keys and values of 8 heads of 128 follow the activations, states and weights do not.
+    let wide = Plan::new(&config, Path::new("."), (DType::Bf16, DType::F32), 1e15).unwrap();
+    let keys = 2 * 8 * 128 * 16384_u64;
+    assert_eq!((plan.teacher_cache_bytes, wide.teacher_cache_bytes), (50 * 2 * keys, 50 * 4 * keys));
+    assert_eq!(wide.stages[2].cache_bytes - hybrid.cache_bytes, 20 * 2 * keys);
+    assert_eq!(wide.stages[2].memory.student, hybrid.memory.student);
+    assert!(wide.stages[2].memory.activations > hybrid.memory.activations);
     let text = plan.text();
     assert!(["15.7 G", "64 devices", "37"].iter().all(|words| text.contains(words)), "{text}");
 }

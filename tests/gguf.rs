@@ -6,10 +6,11 @@ use std::process::Command;
 use h1::backend::ops::{LossWeights, Scaling};
 use h1::backend::select::{self, Name};
 use h1::backend::{DType, Device, Segments};
-use h1::checkpoint::{Checkpoint, Storage, StoredTensor, TensorFile};
+use h1::checkpoint::{Checkpoint, SaveOptions, Storage, StoredTensor, TensorFile, save};
 use h1::hybrid::{Conversion, Init, LayerSet, MixerShape};
-use h1::model::config::{BlockKind, Family, ModelConfig, RopeScaling};
+use h1::model::config::{BlockKind, Family, ModelConfig, Rope, RopeScaling};
 use h1::model::{Activations, Cache, FinalNorm, Gradients, Keep, Logits, LossHead, LossKind, Model, Targets};
+use h1::text::characters::write_character_tokenizer;
 use proptest::prelude::*;
 
 const QUANTISED: [Storage; 8] = [
@@ -75,9 +76,13 @@ fn quantised_blocks_hold_the_values_that_the_published_package_reads() {
 
 #[test]
 fn logits_are_those_of_transformers_for_llama_and_qwen2_from_gguf_and_from_a_folder() {
-    for (model, io) in
-        [("llama.gguf", "llama.io"), ("qwen2.gguf", "qwen2.io"), ("qwen2", "qwen2/io")].map(|(m, io)| (here(m), io))
-    {
+    let models = [
+        ("llama.gguf", "llama.io"),
+        ("qwen2.gguf", "qwen2.io"),
+        ("k-quants.gguf", "k-quants.io"),
+        ("qwen2", "qwen2/io"),
+    ];
+    for (model, io) in models.map(|(model, io)| (here(model), io)) {
         let io = TensorFile::open(&here(&format!("{io}.safetensors"))).unwrap();
         let ids = io.tensor("input_ids").unwrap().to_u32().unwrap();
         for device in devices() {
@@ -106,6 +111,39 @@ fn a_gguf_says_the_same_of_a_model_as_a_config_json() {
     };
     assert_eq!(&same, folder.config());
     assert!((qwen2.config().rms_norm_eps / folder.config().rms_norm_eps - 1.0).abs() < 1e-6);
+}
+
+#[test]
+fn the_small_models_cover_every_type() {
+    let files = ["llama.gguf", "qwen2.gguf", "k-quants.gguf"].map(|name| Checkpoint::open(&here(name)).unwrap());
+    let stored: Vec<Storage> =
+        files.iter().flat_map(|file| file.storages().unwrap()).map(|(storage, _)| storage).collect();
+    for storage in [&QUANTISED[..], &[Storage::F32, Storage::F16, Storage::Bf16]].concat() {
+        assert!(stored.contains(&storage), "{}", storage.name());
+    }
+}
+
+#[test]
+fn factors_of_rope_that_are_no_llama_3s_are_taken_as_they_are() {
+    let plain = Checkpoint::open(&here("llama.gguf")).unwrap().config().clone();
+    let unscaled = ModelConfig { rope: Rope { scaling: None, ..plain.rope.clone() }, ..plain.clone() }.inv_freq();
+    let mut bytes = std::fs::read(here("llama.gguf")).unwrap();
+    let of = |factors: [f32; 4]| factors.iter().flat_map(|factor| factor.to_le_bytes()).collect::<Vec<u8>>();
+    // The file keeps those of Llama 3 that are 1, 1, something between, 8.
+    let place = bytes.windows(8).position(|part| *part == of([1.0, 1.0, 0.0, 0.0])[..8]).unwrap();
+    let own = [1.0, 2.0, 3.0, 4.5];
+    bytes[place..place + 16].copy_from_slice(&of(own));
+    let above = tempfile::tempdir().unwrap();
+    let (path, out) = (above.path().join("own.gguf"), above.path().join("folder"));
+    std::fs::write(&path, bytes).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.config().rope.scaling, Some(RopeScaling::Factors(own.map(f64::from).to_vec())));
+    for ((scaled, plain), factor) in checkpoint.config().inv_freq().iter().zip(unscaled).zip(own) {
+        assert!((scaled * factor / plain - 1.0).abs() < 1e-6);
+    }
+    let options = SaveOptions::new(DType::F32);
+    save(&out, checkpoint.config(), &options, |spec| Ok(checkpoint.read_f32(&spec.name)?.values.into())).unwrap();
+    assert_eq!(Checkpoint::open(&out).unwrap().config().inv_freq(), checkpoint.config().inv_freq());
 }
 
 #[test]
@@ -213,7 +251,7 @@ fn a_converted_qwen2_is_written_and_read_with_all_its_biases() {
 
 #[test]
 fn a_gguf_converts_to_a_folder_of_the_same_values() {
-    for name in ["llama.gguf", "qwen2.gguf"] {
+    for name in ["llama.gguf", "qwen2.gguf", "k-quants.gguf"] {
         let above = tempfile::tempdir().unwrap();
         let out = above.path().join("folder");
         let converted = Command::new(env!("CARGO_BIN_EXE_h1"))
@@ -245,4 +283,73 @@ proptest! {
         prop_assert_eq!(&part[..], &tensor.to_f32().unwrap().values[first..first + length]);
         prop_assert!(tensor.decode(2048 - length, &mut vec![0.0; length + 1]).is_err());
     }
+}
+
+/// A folder with the Qwen2, which is given a tokenizer of one letter a token, and sentences.
+fn schoolroom() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = folder.path().join("teacher");
+    std::fs::create_dir(&teacher).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(here("qwen2").join(file), teacher.join(file)).unwrap();
+    }
+    // Beside the four special tokens as many as its vocabulary has.
+    write_character_tokenizer(&teacher, "abcdefghijklmnopqrstuvwxyz 0123456789.,?!:;-").unwrap();
+    let line = |i: usize| format!("{{\"prompt\": \"what is {i}?\", \"completion\": \" {} and {}.\"}}\n", i * 7, i % 9);
+    std::fs::write(folder.path().join("lines.jsonl"), (0..60).map(line).collect::<String>()).unwrap();
+    folder
+}
+
+const SCHOOL: &str = "
+[data]
+train = ['lines.jsonl']
+held_out = 0.2
+[batch]
+row_tokens = 64
+rows = 2
+[optimizer]
+learning_rate = 2e-3
+[schedule]
+warmup = 2
+";
+
+fn h1(folder: &Path, line: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_h1"));
+    let ran = command.args(line.split(' ')).current_dir(folder).env("H1_CACHE", folder.join("cache")).output().unwrap();
+    assert!(ran.status.success(), "h1 {line}: {}", String::from_utf8_lossy(&ran.stderr));
+    String::from_utf8(ran.stdout).unwrap()
+}
+
+#[test]
+fn a_qwen2_is_distilled_and_trained_with_its_biases() {
+    let room = schoolroom();
+    let stages = "[teacher]\npath = 'teacher'\n[student]\nd_state = 8\ninit = 'mil-fit'\nfit_tokens = 256\n[importance.loo]\n\
+        tokens = 256\n[evaluation]\nbefore = true\n[[stages]]\nmamba = 1\ntokens = 3840\n";
+    std::fs::write(room.path().join("distill.toml"), format!("{SCHOOL}{stages}")).unwrap();
+    let further = "[model]\ncheckpoint = 'run/stages/01'\n[budget]\nsteps = 3\n";
+    std::fs::write(room.path().join("train.toml"), format!("{SCHOOL}{further}")).unwrap();
+    h1(room.path(), "distill distill.toml --out run --backend cpu");
+    let table: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(room.path().join("run/table.json")).unwrap()).unwrap();
+    let kl = |name: &str| {
+        let rows = table["rows"].as_array().unwrap();
+        rows.iter().find(|row| row["name"] == name).unwrap()["kl"].as_f64().unwrap()
+    };
+    assert!(kl("stage-01") < kl("stage-01 before"), "{table}");
+    h1(room.path(), "train train.toml --out trained --backend cpu");
+    let [teacher, distilled, trained] =
+        ["teacher", "run/stages/01", "trained/model"].map(|name| Checkpoint::open(&room.path().join(name)).unwrap());
+    let mamba = distilled.config().layers_of(BlockKind::Mamba).next().unwrap();
+    let moved = |name: &str, from: &Checkpoint, to: &Checkpoint| {
+        assert_ne!(from.read_f32(name).unwrap().values, to.read_f32(name).unwrap().values, "{name}");
+    };
+    for part in ["q", "k", "v"] {
+        let name = format!("model.layers.{}.self_attn.{part}_proj.bias", 1 - mamba);
+        // A key's bias turns the scores of a query by nearly the same: its gradient is small, but not 0 under RoPE.
+        moved(&name, &teacher, &distilled);
+        moved(&name, &distilled, &trained);
+    }
+    moved(&format!("model.layers.{mamba}.mixer.in_proj.bias"), &distilled, &trained);
+    let words = h1(room.path(), "inspect trained/model");
+    assert!(words.contains("no published class loads it"), "{words}");
 }

@@ -19,11 +19,30 @@ const LONGEST_JSON: u64 = 1 << 26;
 pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
+/// What a checkpoint lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// `config.json`, weights as safetensors, and the files of a tokenizer.
+    Folder,
+    /// All of it in one file.
+    Gguf,
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Form::Folder => "folder in Hugging Face form",
+            Form::Gguf => "GGUF file",
+        })
+    }
+}
+
 /// A checkpoint whose every tensor is there with the shape that its configuration says. Values are read tensor by
 /// tensor, so it may be larger than memory.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    form: Form,
     config: ModelConfig,
     files: Vec<TensorFile>,
     sources: HashMap<String, Source>,
@@ -56,8 +75,8 @@ impl Checkpoint {
             return Checkpoint::open_gguf(path);
         }
         let config = read_config(path)?;
-        let mut checkpoint =
-            Checkpoint { path: path.to_owned(), config, files: open_files(path)?, sources: HashMap::new() };
+        let (form, files) = (Form::Folder, open_files(path)?);
+        let mut checkpoint = Checkpoint { path: path.to_owned(), form, config, files, sources: HashMap::new() };
         checkpoint.list_sources()?;
         checkpoint.read_older_mixers();
         checkpoint.read_dt_rank()?;
@@ -79,14 +98,20 @@ impl Checkpoint {
                 return Err(CheckpointError::malformed(path, format!("tensor {name} is there in two spellings")));
             }
         }
-        let checkpoint = Checkpoint { path: path.to_owned(), config, files: vec![file.into_tensors()], sources };
+        let (form, files) = (Form::Gguf, vec![file.into_tensors()]);
+        let checkpoint = Checkpoint { path: path.to_owned(), form, config, files, sources };
         checkpoint.check()?;
         Ok(checkpoint)
     }
 
-    /// The folder or file.
+    /// What it was opened from, and can be again.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What lies there.
+    pub fn form(&self) -> Form {
+        self.form
     }
 
     /// The configuration, with the rank of dt that the tensors have.

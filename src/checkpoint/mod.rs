@@ -20,7 +20,7 @@ mod write;
 
 pub use atomic::{NewFolder, write_file};
 pub use error::{CheckpointError, ProviderError, Result};
-pub use folder::{Checkpoint, read_config};
+pub use folder::{Checkpoint, Form, read_config};
 pub use hub::{Hub, locate};
 pub use model::{load, save_model, save_model_into};
 pub use save::{SHARD_BYTES, SaveOptions, save, save_into};

@@ -48,11 +48,15 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     config.check()?;
     let dtype = config.dtype()?.unwrap_or(arguments.device.dtype());
     if arguments.plan {
-        let flops = match config.plan.flops {
-            Some(flops) => flops,
-            None => measured_flops(&arguments.device.open()?)?,
+        let (flops, activations) = match config.plan.flops {
+            // Of a device that is not here, which is taken for a card that stores activations as weights.
+            Some(flops) => (flops, dtype),
+            None => {
+                let device = arguments.device.open()?;
+                (measured_flops(&device)?, device.info().activations_beside(dtype))
+            }
         };
-        let plan = Plan::new(config, base, dtype, flops)?;
+        let plan = Plan::new(config, base, (dtype, activations), flops)?;
         if arguments.json {
             print_json(&plan)?
         } else {

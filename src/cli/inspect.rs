@@ -89,9 +89,8 @@ fn words(
     context: usize,
 ) -> anyhow::Result<String> {
     let config = checkpoint.config();
-    let source = if checkpoint.path().is_file() { "GGUF file" } else { "folder in Hugging Face form" };
     let mut lines = vec![
-        format!("model       {source}, {}", checkpoint.path().display()),
+        format!("model       {}, {}", checkpoint.form(), checkpoint.path().display()),
         format!("family      {}", family(config)),
         format!(
             "sizes       hidden {}, MLP {}, vocabulary {}{}, context {}",
@@ -173,6 +172,7 @@ fn attention(config: &ModelConfig) -> String {
     match &config.rope.scaling {
         None => {}
         Some(RopeScaling::Linear(factor)) => text += &format!(", stretched {factor} times"),
+        Some(RopeScaling::Factors(_)) => text += ", each frequency stretched by a factor of its own",
         Some(RopeScaling::Llama3(scaling)) => text += &format!(", stretched {} times as Llama 3's", scaling.factor),
     }
     if let Some(window) = config.sliding_window {

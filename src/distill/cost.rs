@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::backend::DType;
 use crate::model::config::{BlockKind, ModelConfig};
+use crate::model::decoder::trained_as;
 use crate::model::head::chunk_rows;
 use crate::model::tensors::Role;
 use crate::train::optimizer::Trained;
@@ -70,8 +71,10 @@ impl Memory {
 pub struct StepShape {
     /// Tokens of a micro-batch.
     pub tokens: usize,
-    /// How weights and activations are stored.
+    /// How weights are stored.
     pub dtype: DType,
+    /// How the activations of a forward pass are.
+    pub activations: DType,
     /// Whether backward computes blocks again.
     pub recompute: bool,
     /// Which parameters train.
@@ -83,6 +86,7 @@ pub struct StepShape {
 /// The memory of a distillation step.
 pub fn memory(teacher: &ModelConfig, student: &ModelConfig, step: StepShape) -> Memory {
     let (size, tokens) = (step.dtype.size() as u64, step.tokens as u64);
+    let (forward, training) = (step.activations.size() as u64, trained_as(step.activations).size() as u64);
     let parameters = student.parameter_count();
     let specs = student.tensors();
     let mixer = |name: &str| name.contains(".mixer.");
@@ -91,7 +95,7 @@ pub fn memory(teacher: &ModelConfig, student: &ModelConfig, step: StepShape) -> 
         Trained::Mixers => specs.iter().filter(|t| mixer(&t.name)).map(|t| t.len() as u64).sum(),
     };
     let masters = if step.dtype == DType::F32 { 0 } else { 4 * trained };
-    let forward_only = |config: &ModelConfig| tokens * size * (config.hidden_size + shared_width(config)) as u64;
+    let forward_only = |config: &ModelConfig| tokens * forward * (config.hidden_size + shared_width(config)) as u64;
     let layers = student.blocks.len();
     let saved = match step.recompute {
         true => shared_width(student),
@@ -110,7 +114,7 @@ pub fn memory(teacher: &ModelConfig, student: &ModelConfig, step: StepShape) -> 
         student: parameters * size + masters,
         gradients: 4 * parameters,
         moments: 8 * trained,
-        activations: forward_only(teacher) + tokens * size * backward as u64 + states,
+        activations: forward_only(teacher) + tokens * training * backward as u64 + states,
         head: 4 * (2 * chunk * student.vocab_size as u64 + tokens * (student_rows + teacher_rows)),
     }
 }

@@ -113,11 +113,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reckons; a relative path starts at `base`, `dtype` is how weights are stored, `device_flops` what a device reaches while it trains.
+    /// Reckons; a relative path starts at `base`, `dtypes` are how weights are stored and how activations are beside them,
+    /// `device_flops` is what a device reaches while it trains.
     ///
     /// # Errors
     /// When the teacher's shape cannot be read, or a stage is impossible.
-    pub fn new(config: &Config, base: &Path, dtype: DType, device_flops: f64) -> Result<Self> {
+    pub fn new(config: &Config, base: &Path, dtypes: (DType, DType), device_flops: f64) -> Result<Self> {
         let teacher = config.teacher_shape(base)?;
         let counts = config.counts(&teacher)?;
         let devices = config.plan.devices.unwrap_or(1);
@@ -125,7 +126,7 @@ impl Plan {
         let mut before = teacher.layers_of(BlockKind::Mamba).count();
         let mut stages = Vec::new();
         for (index, mamba) in counts.into_iter().enumerate() {
-            stages.push(stage(config, &teacher, dtype, (index, before, mamba), rate)?);
+            stages.push(stage(config, &teacher, dtypes, (index, before, mamba), rate)?);
             before = mamba;
         }
         let sum = |of: fn(&StagePlan) -> f64| stages.iter().map(of).sum::<f64>();
@@ -133,7 +134,7 @@ impl Plan {
         let folders: u64 = stages.iter().map(|stage| stage.folder_bytes).sum();
         Ok(Plan {
             teacher_parameters: teacher.parameter_count(),
-            teacher_cache_bytes: teacher.cache_bytes(config.evaluation.context, dtype.size()),
+            teacher_cache_bytes: teacher.cache_bytes(config.evaluation.context, dtypes.1.size()),
             step_tokens: (config.batch.tokens_a_step() as u64),
             tokens: stages.iter().map(|stage| stage.tokens).sum(),
             flop: sum(|stage| stage.training_flop + stage.importance_flop),
@@ -231,7 +232,7 @@ impl Plan {
 fn stage(
     config: &Config,
     teacher: &ModelConfig,
-    dtype: DType,
+    (dtype, activations): (DType, DType),
     (index, before, mamba): (usize, usize, usize),
     rate: f64,
 ) -> Result<StagePlan> {
@@ -260,6 +261,7 @@ fn stage(
     let step = StepShape {
         tokens: config.batch.row_tokens * config.batch.rows,
         dtype,
+        activations,
         recompute: config.recompute,
         trained: config.trained_of(index),
         scan_chunk: SCAN_CHUNK,
@@ -284,7 +286,7 @@ fn stage(
             Some(Method::Mmr) => mmr_tokens as u64 * teacher.hidden_size as u64 * 4,
             _ => 0,
         },
-        cache_bytes: student.cache_bytes(config.evaluation.context, dtype.size()),
+        cache_bytes: student.cache_bytes(config.evaluation.context, activations.size()),
         hours: (training_flop + importance_flop) / rate / 3600.0,
     })
 }

@@ -80,7 +80,8 @@ struct Distillation<'a> {
 /// When the configuration, the data or the run are not to be had, the device fails, or training diverges.
 pub fn distill(setup: Setup<'_>, watcher: &mut dyn Watcher) -> Result<Option<Summary>> {
     let (mut distillation, mut saved) = Distillation::open(setup, watcher)?;
-    distillation.score(TEACHER, || distillation.load(distillation.ground.original.path()), watcher)?;
+    let Ground { original, device, dtype, .. } = &distillation.ground;
+    distillation.score(TEACHER, || Ok(original.load(device, *dtype)?), watcher)?;
     for index in 0..distillation.config.stages.len() {
         if distillation.stage(index, &mut saved, watcher)? == Outcome::Interrupted {
             return Ok(None);
@@ -287,7 +288,7 @@ impl<'a> Distillation<'a> {
             let scores = evaluator.run(&self.held_out, None, |_| ())?;
             watcher.hear(Event::Scored { name, scores: &scores });
             let context = self.config.evaluation.context;
-            Ok(Row::new(name, model.config(), &scores, (context, self.ground.dtype, self.tokens)))
+            Ok(Row::new(name, model, &scores, (context, self.tokens)))
         })
     }
 

@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::DType;
 use crate::eval::Scores;
 use crate::hybrid::LayerSet;
-use crate::model::config::{BlockKind, ModelConfig};
+use crate::model::Model;
+use crate::model::config::BlockKind;
 use crate::report::table::{Align, Table};
 
 /// One model.
@@ -30,14 +30,10 @@ pub struct Row {
 }
 
 impl Row {
-    /// The row of a model of this shape and these scores; its cache is that of a sequence of `context` tokens with keys
-    /// and values in `dtype`.
-    pub fn new(
-        name: &str,
-        config: &ModelConfig,
-        scores: &Scores,
-        (context, dtype, tokens): (usize, DType, u64),
-    ) -> Self {
+    /// The row of a model with these scores after so many tokens; its cache is that of a sequence of `context` tokens with
+    /// keys and values as the model's device stores them.
+    pub fn new(name: &str, model: &Model, scores: &Scores, (context, tokens): (usize, u64)) -> Self {
+        let config = model.config();
         Row {
             name: name.to_owned(),
             mamba: config.layers_of(BlockKind::Mamba).collect(),
@@ -45,7 +41,7 @@ impl Row {
             kl: scores.teacher.as_ref().map(|teacher| teacher.reverse_kl),
             agreement: scores.teacher.as_ref().map(|teacher| teacher.agreement),
             exact: scores.exact,
-            cache_bytes: config.cache_bytes(context, dtype.size()),
+            cache_bytes: config.cache_bytes(context, model.activations().size()),
             tokens,
         }
     }

@@ -69,6 +69,9 @@ pub enum RopeScaling {
     Linear(f64),
     /// Type `llama3`.
     Llama3(Llama3Scaling),
+    /// Each frequency is divided by a factor of its own, `[head_dim / 2]`: what a GGUF file keeps of whatever scaling it came
+    /// from. As a `config.json` it is type `longrope`, with these factors for short and for long texts.
+    Factors(Vec<f64>),
 }
 
 /// `rope_scaling` of type `llama3`: low frequencies are divided by `factor`, high ones kept, those between blended.
@@ -247,13 +250,14 @@ impl ModelConfig {
     ///
     /// Source: transformers, `modeling_rope_utils.py`.
     pub fn inv_freq(&self) -> Vec<f32> {
-        let scale = |f: f64| match &self.rope.scaling {
+        let scale = |j: usize, f: f64| match &self.rope.scaling {
             None => f,
             Some(RopeScaling::Linear(factor)) => f / factor,
             Some(RopeScaling::Llama3(scaling)) => scaling.apply(f),
+            Some(RopeScaling::Factors(factors)) => f / factors[j],
         };
         let exponent = |j: usize| -2.0 * j as f64 / self.head_dim as f64;
-        (0..self.head_dim / 2).map(|j| scale(self.rope.theta.powf(exponent(j))) as f32).collect()
+        (0..self.head_dim / 2).map(|j| scale(j, self.rope.theta.powf(exponent(j))) as f32).collect()
     }
 }
 

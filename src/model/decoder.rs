@@ -24,6 +24,12 @@ pub struct Model {
     inv_freq: Buffer,
 }
 
+/// How activations of training and their gradients are stored where those of a forward pass are in `activations`: f16 would
+/// lose small gradients.
+pub fn trained_as(activations: DType) -> DType {
+    Some(activations).filter(|&dtype| dtype != DType::F16).unwrap_or(DType::F32)
+}
+
 impl Model {
     /// A model of zeros; matrices are stored in `dtype`, the rest in f32.
     ///
@@ -64,9 +70,9 @@ impl Model {
         self.device.info().activations_beside(self.weights.part(Part::Matrices).dtype)
     }
 
-    /// How activations of training and their gradients are: f16 would lose small gradients.
+    /// How activations of training and their gradients are.
     pub fn gradients(&self) -> DType {
-        Some(self.activations()).filter(|&dtype| dtype != DType::F16).unwrap_or(DType::F32)
+        trained_as(self.activations())
     }
 
     pub(super) fn shared(&self) -> Shared<'_> {

@@ -166,7 +166,8 @@ fn readable(source: &str) -> String {
     let mut text = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|end| start + end + 2) else { break };
+        // Not `{%}`, whose signs would be both.
+        let Some(end) = rest[start + 2..].find("%}").map(|end| start + end + 4) else { break };
         let tag = &rest[start..end];
         let word = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         let replacement = match word {

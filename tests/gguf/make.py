@@ -7,7 +7,8 @@ qwen2/               a Qwen2 of random bf16 weights in Hugging Face form; io.saf
                      transformers in f64, and the gradients of the mean cross-entropy of the next token
 llama.gguf           a Llama with Llama 3's RoPE factors, queries and keys interleaved, in every type of 32 values a block
 qwen2.gguf           a Qwen2 with a head of its own, in a mixture of types
-*.io.safetensors     token ids and logits by transformers in f64 for the dequantised weights of each of the two
+k-quants.gguf        a Qwen2 whose matrices are random blocks of the types of 256 values, which no package writes
+*.io.safetensors     token ids and logits by transformers in f64 for the dequantised weights of each of the three
 """
 
 from pathlib import Path
@@ -74,10 +75,23 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write(name, model, types, permute, rope_factors=None):
+def random_blocks(random, values, kind):
+    """Blocks of values around 0, for a matrix of this shape."""
+    size, length = gguf.GGML_QUANT_SIZES[kind]
+    rows = random.integers(0, 256, (len(values), values.shape[1] // size, length), dtype=np.uint8)
+    # Least values are subtracted; they lie where half of the greatest quant is.
+    scale, least, place = {Type.Q4_K: (2.5e-4, 7.5, 0), Type.Q5_K: (1.2e-4, 15.5, 0), Type.Q6_K: (4e-5, None, 208)}[kind]
+    scales = scale * random.uniform(0.5, 1.5, rows.shape[:2])
+    both = [scales] if least is None else [scales, least * scales]
+    packed = np.stack(both, axis=-1).astype(np.float16)
+    rows[..., place:place + 2 * len(both)] = packed.view(np.uint8).reshape(*rows.shape[:2], -1)
+    return rows.reshape(len(values), -1)
+
+
+def write(name, model, types, permute, rope_factors=None, make=lambda values, kind: gguf.quants.quantize(values, kind)):
     """Stores each matrix as the next of `types`, gives the model the values that come back, and saves its logits."""
     config = model.config
-    writer = gguf.GGUFWriter(HERE / name, name.removesuffix(".gguf"))
+    writer = gguf.GGUFWriter(HERE / name, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -106,7 +120,7 @@ def write(name, model, types, permute, rope_factors=None):
         heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
         heads = heads.get(stored.split(".", 2)[-1]) if permute else None
         there = interleave(values, heads) if heads else values
-        data = gguf.quants.quantize(there, kind)
+        data = make(there, kind) if values.ndim == 2 else there
         writer.add_tensor(stored, data, raw_dtype=kind)
         back = gguf.quants.dequantize(data, kind).reshape(values.shape)
         if heads:  # the inverse
@@ -138,3 +152,8 @@ if __name__ == "__main__":
     write("llama.gguf", llama, all_types, True, llama3_factors(5e5, 4))
     own_head = fresh(Qwen2Config(**SIZES, rope_theta=1e6, tie_word_embeddings=False, use_sliding_window=False))
     write("qwen2.gguf", own_head, [Type.Q5_0, Type.Q8_0], False)
+    wide = Qwen2Config(**SIZES | dict(hidden_size=256, intermediate_size=256, num_attention_heads=8, num_hidden_layers=1),
+                       rope_theta=1e6, tie_word_embeddings=True, use_sliding_window=False)
+    random = np.random.default_rng(1)
+    write("k-quants.gguf", fresh(wide), [Type.Q6_K, Type.Q4_K, Type.Q5_K], False,
+          make=lambda values, kind: random_blocks(random, values, kind))

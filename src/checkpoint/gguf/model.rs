@@ -12,7 +12,7 @@ use crate::model::tensors::{EMBED_TOKENS, FINAL_NORM, INPUT_NORM, LM_HEAD, POST_
 const ARCHITECTURE: &str = "general.architecture";
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
-/// What each frequency of RoPE is divided by; llama.cpp writes those of Llama 3.
+/// What each frequency of RoPE is divided by.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// More layers than any decoder has.
 const MOST_LAYERS: u64 = 1 << 14;
@@ -166,10 +166,10 @@ fn ends(file: &GgufFile) -> Result<Vec<u32>> {
     Ok(ends)
 }
 
-/// How RoPE is scaled: by its keys, or by the tensor of factors of Llama 3.
+/// How RoPE is scaled: by its keys, or by the tensor of factors.
 fn scaling(keys: &Keys<'_>, config: &ModelConfig) -> Result<Option<RopeScaling>> {
     if keys.file.tensors().get(ROPE_FACTORS).is_some() {
-        return llama3(keys, config).map(Some);
+        return factors(keys, config).map(Some);
     }
     let factor = match keys.maybe_number("rope.scaling.factor")? {
         // The spelling of older files.
@@ -180,43 +180,43 @@ fn scaling(keys: &Keys<'_>, config: &ModelConfig) -> Result<Option<RopeScaling>>
     match keys.file.get_str(&key)? {
         Some("none") => Ok(None),
         None | Some("linear") => Ok(factor.filter(|factor| *factor != 1.0 && *factor != 0.0).map(RopeScaling::Linear)),
-        Some(other) => Err(keys.wrong(&key, other, "none or linear, or the factors of Llama 3 as a tensor")),
+        Some(other) => Err(keys.wrong(&key, other, "none or linear, or factors as a tensor")),
     }
 }
 
-/// Llama 3's scaling, of which a file holds the factors that come out of it: the greatest is `factor`, the context is a key, the
-/// bounds are those of every Llama 3. That these numbers give these factors is checked.
-fn llama3(keys: &Keys<'_>, config: &ModelConfig) -> Result<RopeScaling> {
-    const BOUNDS: (f64, f64) = (1.0, 4.0);
-    const CONTEXT: usize = 8192;
-    const TOLERANCE: f64 = 1e-4;
+/// The factors of a file: Llama 3's scaling where they are what comes out of it, so that a configuration can say so.
+fn factors(keys: &Keys<'_>, config: &ModelConfig) -> Result<RopeScaling> {
     let stored = keys.file.tensors().tensor(ROPE_FACTORS)?;
     let expected = vec![config.head_dim / 2];
     if stored.shape != expected {
         let (path, tensor, found) = (stored.path.to_owned(), ROPE_FACTORS.to_owned(), stored.shape.to_vec());
         return Err(CheckpointError::Shape { path, tensor, expected, found });
     }
-    let factors = stored.to_finite_f32()?.values;
+    let factors: Vec<f64> = stored.to_finite_f32()?.values.into_iter().map(f64::from).collect();
+    if let Some((index, value)) = factors.iter().enumerate().find(|(_, factor)| **factor <= 0.0) {
+        let (path, tensor, value) = (stored.path.to_owned(), ROPE_FACTORS.to_owned(), value.to_string());
+        return Err(CheckpointError::Value { path, tensor, index, value, expected: "a factor above 0" });
+    }
+    let context = keys.maybe_size("rope.scaling.original_context_length")?;
+    let llama3 = llama3(&factors, context, config);
+    Ok(llama3.map_or(RopeScaling::Factors(factors), RopeScaling::Llama3))
+}
+
+/// Llama 3's scaling of these factors, if they are its: the greatest is `factor`, the bounds are those of every Llama 3.
+fn llama3(factors: &[f64], context: Option<usize>, config: &ModelConfig) -> Option<Llama3Scaling> {
+    const BOUNDS: (f64, f64) = (1.0, 4.0);
+    const CONTEXT: usize = 8192;
+    const TOLERANCE: f64 = 1e-4;
     let scaling = Llama3Scaling {
-        factor: factors.iter().copied().fold(0.0, f32::max).into(),
+        factor: factors.iter().copied().fold(0.0, f64::max),
         low_freq_factor: BOUNDS.0,
         high_freq_factor: BOUNDS.1,
-        original_max_position_embeddings: keys.maybe_size("rope.scaling.original_context_length")?.unwrap_or(CONTEXT),
+        original_max_position_embeddings: context.unwrap_or(CONTEXT),
     };
-    let plain = config.rope.theta;
-    let wrong = factors.iter().enumerate().find(|(j, found)| {
-        let frequency = plain.powf(-2.0 * *j as f64 / config.head_dim as f64);
+    let same = factors.iter().enumerate().all(|(j, found)| {
+        let frequency = config.rope.theta.powf(-2.0 * j as f64 / config.head_dim as f64);
         let expected = frequency / scaling.apply(frequency);
-        (f64::from(**found) - expected).abs() > TOLERANCE * expected
+        (found - expected).abs() <= TOLERANCE * expected
     });
-    match wrong {
-        None => Ok(RopeScaling::Llama3(scaling)),
-        Some((index, value)) => Err(CheckpointError::Value {
-            path: stored.path.to_owned(),
-            tensor: ROPE_FACTORS.to_owned(),
-            index,
-            value: value.to_string(),
-            expected: "a factor of Llama 3's scaling, the only one that h1 reads from a tensor",
-        }),
-    }
+    same.then_some(scaling)
 }

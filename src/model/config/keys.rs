@@ -85,6 +85,12 @@ impl Keys {
         }
     }
 
+    pub(super) fn numbers(&mut self, key: &str) -> Result<Vec<f64>> {
+        let list = self.take_some(key).ok_or_else(|| self.missing(key))?;
+        let numbers = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        numbers.ok_or_else(|| ConfigError::value(self.path(key), list, "a list of numbers"))
+    }
+
     pub(super) fn flag(&mut self, key: &str, default: bool) -> Result<bool> {
         match self.take_some(key) {
             None => Ok(default),

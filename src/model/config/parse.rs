@@ -226,8 +226,19 @@ fn rope_scaling(keys: &mut Keys, default: Option<Value>) -> Result<Option<RopeSc
             high_freq_factor: keys.number("high_freq_factor", None)?,
             original_max_position_embeddings: keys.size("original_max_position_embeddings", None)?,
         }))),
-        _ => Err(ConfigError::unsupported(keys.path("rope_type"), &rope_type, "default, linear and llama3")),
+        Some("longrope") => factors(keys).map(Some),
+        _ => Err(ConfigError::unsupported(keys.path("rope_type"), &rope_type, "default, linear, llama3 and longrope")),
     }
+}
+
+/// Factors of type `longrope` that do not change with the length of a text.
+fn factors(keys: &mut Keys) -> Result<RopeScaling> {
+    let (short, long) = (keys.numbers("short_factor")?, keys.numbers("long_factor")?);
+    if short != long {
+        return Err(ConfigError::unsupported(keys.path("long_factor"), &json!(long), "the same as short_factor"));
+    }
+    keys.only("attention_factor", &json!(1.0), "1.0")?;
+    Ok(RopeScaling::Factors(short))
 }
 
 fn mamba(keys: &mut Keys, hidden_size: usize) -> Result<MambaConfig> {

@@ -338,7 +338,7 @@ prop_compose! {
         eps in 1e-9f64..1e-2, theta in 1.0f64..1e7,
         scaling in prop::option::of((1.0f64..32.0, 0.5f64..2.0, 2.5f64..8.0, 1usize..10000)),
         window in prop::option::of(1usize..1000),
-        (tied, linear, bias) in any::<(bool, bool, bool)>(),
+        (tied, bias) in any::<(bool, bool)>(), kind in 0usize..3,
         (bos, eos) in (prop::option::of(0u32..99), prop::collection::vec(0u32..99, 0..4)),
         kinds in prop::collection::vec(0usize..3, 1..7),
         mamba in ssm(),
@@ -351,9 +351,10 @@ prop_compose! {
             vocab_size: sizes[0], hidden_size: sizes[1], intermediate_size: sizes[2], max_position_embeddings: sizes[3],
             num_attention_heads: kv_heads * group, num_key_value_heads: kv_heads, head_dim: 2 * half_head,
             rms_norm_eps: eps,
-            rope: Rope { theta, scaling: scaling.map(|(factor, low, high, context)| match linear {
-                true => RopeScaling::Linear(factor),
-                false => RopeScaling::Llama3(Llama3Scaling {
+            rope: Rope { theta, scaling: scaling.map(|(factor, low, high, context)| match kind {
+                0 => RopeScaling::Linear(factor),
+                1 => RopeScaling::Factors((0..half_head).map(|j| 1.0 + factor * j as f64).collect()),
+                _ => RopeScaling::Llama3(Llama3Scaling {
                     factor, low_freq_factor: low, high_freq_factor: high, original_max_position_embeddings: context,
                 }),
             }) },

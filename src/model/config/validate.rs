@@ -50,6 +50,13 @@ impl ModelConfig {
             let key = "rope_scaling.original_max_position_embeddings";
             within(key, scaling.original_max_position_embeddings, MOST_TOKENS)?;
         }
+        if let Some(RopeScaling::Factors(factors)) = &self.rope.scaling {
+            let half = self.head_dim / 2;
+            holds(factors.len() == half, "rope_scaling.short_factor", format!("a list of {}", factors.len()), || {
+                format!("one factor for each of head_dim / 2 = {half} frequencies")
+            })?;
+            factors.iter().try_for_each(|factor| positive("rope_scaling.short_factor", *factor))?;
+        }
         match &self.mamba {
             Some(mamba) => mamba.validate()?,
             None if self.blocks.contains(&BlockKind::Mamba) => {

@@ -34,7 +34,7 @@ impl ModelConfig {
         put("rms_norm_eps", json!(self.rms_norm_eps));
         put("rope_theta", json!(self.rope.theta));
         if let Some(scaling) = &self.rope.scaling {
-            put("rope_scaling", scaling.to_value());
+            put("rope_scaling", scaling.to_value(self.max_position_embeddings));
         }
         match family {
             Family::Llama => {
@@ -83,7 +83,8 @@ impl ModelConfig {
 }
 
 impl RopeScaling {
-    fn to_value(&self) -> Value {
+    /// `context` is the longest that the model was made for.
+    fn to_value(&self, context: usize) -> Value {
         match self {
             RopeScaling::Linear(factor) => json!({"rope_type": "linear", "factor": factor}),
             RopeScaling::Llama3(scaling) => json!({
@@ -92,6 +93,13 @@ impl RopeScaling {
                 "low_freq_factor": scaling.low_freq_factor,
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            }),
+            RopeScaling::Factors(factors) => json!({
+                "rope_type": "longrope",
+                "short_factor": factors,
+                "long_factor": factors,
+                "attention_factor": 1.0,
+                "original_max_position_embeddings": context,
             }),
         }
     }

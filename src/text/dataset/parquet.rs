@@ -2,12 +2,14 @@
 
 use super::{DatasetError, Rows};
 use crate::text::record::Record;
-use parquet::file::reader::{ChunkReader, FileReader};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::SerializedFileReader;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 use std::fs::File;
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -22,7 +24,7 @@ pub(super) fn read<E: From<DatasetError>>(path: &Path, rows: &mut Rows<'_, E>) -
     let file = File::open(path).map_err(io)?;
     let bytes = file.metadata().map_err(io)?.len();
     let wrong = |problem: String| DatasetError::Malformed { path: path.to_path_buf(), problem };
-    let mut table = contained(|| Table::open(file)).map_err(wrong)?;
+    let mut table = contained(|| Table::open(Whole(file))).map_err(wrong)?;
     let share = bytes / table.rows.max(1);
     for number in 1.. {
         match contained(|| table.next()).map_err(wrong)? {
@@ -37,6 +39,47 @@ pub(super) fn read<E: From<DatasetError>>(path: &Path, rows: &mut Rows<'_, E>) -
 fn contained<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err("the file is malformed: the parquet library gave up".into()))
+}
+
+/// A file that has an end: reading on there is an error. The library steps over what a header claims without looking whether
+/// anything was read, and a header may claim two milliards of values.
+struct Whole(File);
+
+impl Length for Whole {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+}
+
+impl ChunkReader for Whole {
+    type T = Ending;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Ending> {
+        let mut file = self.0.try_clone()?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(Ending(BufReader::new(file)))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
+        if start.saturating_add(length as u64) > self.len() {
+            return Err(ParquetError::EOF(format!("{length} bytes at {start} lie outside the file")));
+        }
+        let mut bytes = vec![0; length];
+        self.get_read(start)?.read_exact(&mut bytes)?;
+        Ok(bytes.into())
+    }
+}
+
+/// Reads to the end of a file and no further.
+struct Ending(BufReader<File>);
+
+impl Read for Ending {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(into)? {
+            0 if !into.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            read => Ok(read),
+        }
+    }
 }
 
 struct Table {

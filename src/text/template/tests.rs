@@ -53,6 +53,13 @@ fn what_templates_use_is_there_and_does_what_it_does_in_python() {
 }
 
 #[test]
+fn a_tag_that_is_cut_off_is_an_error() {
+    for source in ["{%}", "{%", "{%%", "{%}{{ 1 }}%", "a{%}{% generation %}"] {
+        assert!(matches!(render(source, &[]), Err(TemplateError::Syntax(_))), "{source}");
+    }
+}
+
+#[test]
 fn a_template_that_refuses_is_quoted_and_one_that_goes_wrong_is_named() {
     let refused = render("{{ raise_exception('roles must alternate') }}", &[]).unwrap_err();
     assert_eq!(refused, TemplateError::Refused("roles must alternate".into()));

@@ -112,8 +112,8 @@ impl<'a> Metadata<'a> {
             "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false,
         });
         let tokenizer = json!({
-            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
-            "pre_tokenizer": pre.pre_tokenizer(),
+            "version": "1.0", "truncation": null, "padding": null,
+            "normalizer": pre.normalizer(), "pre_tokenizer": pre.pre_tokenizer(),
             "decoder": byte_level,
             "model": {
                 "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,

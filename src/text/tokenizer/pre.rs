@@ -25,26 +25,28 @@ pub(super) struct Pre {
     pub(super) ignores_merges: bool,
     /// Whether a text begins with bos where the metadata do not say.
     pub(super) adds_bos: bool,
+    /// Whether a text is composed (Unicode's NFC) before it is split, which metadata have no key for.
+    composes: bool,
 }
 
 const fn plain(names: &'static [&'static str], patterns: &'static [&'static str]) -> Pre {
-    Pre { names, patterns, ignores_merges: false, adds_bos: false }
+    Pre { names, patterns, ignores_merges: false, adds_bos: false, composes: false }
 }
 
-const KNOWN: [Pre; 8] = [
+const KNOWN: [Pre; 9] = [
     // What a file without a name means.
     plain(&["default"], &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
     plain(&["gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jais"], &[GPT2]),
     plain(&["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"], &[r"\p{N}", GPT2]),
     plain(&["falcon"], &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"]),
-    plain(&["qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"], &[QWEN2]),
+    Pre { composes: true, ..plain(&["qwen2"], &[QWEN2]) },
+    plain(&["deepseek-r1-qwen", "stablelm2", "megrez"], &[QWEN2]),
     Pre {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"],
-        patterns: &[LLAMA3],
         ignores_merges: true,
         adds_bos: true,
+        ..plain(&["llama-bpe", "llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe"], &[LLAMA3])
     },
-    Pre { names: &["tekken"], patterns: &[TEKKEN], ignores_merges: true, adds_bos: true },
+    Pre { ignores_merges: true, adds_bos: true, ..plain(&["tekken"], &[TEKKEN]) },
     plain(&["gpt-4o", "llama4"], &[GPT4O]),
 ];
 
@@ -59,6 +61,11 @@ pub(super) fn names() -> String {
 }
 
 impl Pre {
+    /// As `tokenizer.json` has it: what is done to a text before it is split.
+    pub(super) fn normalizer(&self) -> Value {
+        if self.composes { json!({ "type": "NFC" }) } else { Value::Null }
+    }
+
     /// As `tokenizer.json` has it: the patterns, then bytes as characters.
     pub(super) fn pre_tokenizer(&self) -> Value {
         byte_level(self.patterns)

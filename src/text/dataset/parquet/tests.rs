@@ -103,6 +103,15 @@ proptest! {
 }
 
 #[test]
+fn a_header_that_claims_more_values_than_the_file_has_is_left_at_its_end() {
+    let mut bytes = table(Compression::UNCOMPRESSED);
+    // Where the header of the first page was: a field 15 that no page has, a list of 2³¹ − 1 numbers of 8 bytes.
+    bytes[4..11].copy_from_slice(&[0xf9, 0xf7, 0xff, 0xff, 0xff, 0xff, 0x07]);
+    let (_folder, path) = file(&bytes);
+    assert!(read_records(&path).unwrap_err().to_string().contains("data.parquet"));
+}
+
+#[test]
 fn a_table_without_a_column_of_text_is_named() {
     let schema = Arc::new(parse_message_type("message rows { REQUIRED INT32 number; }").unwrap());
     let writer = SerializedFileWriter::new(Vec::new(), schema, Default::default()).unwrap();
