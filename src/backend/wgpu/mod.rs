@@ -4,13 +4,15 @@
 //! - `memory`, `scratch`, `transfer`: buffers, the windows of them that a dispatch binds, values from and to the host.
 //! - `shaders`, `pipelines`: files of `shaders/` and the variants of them that are compiled, each once.
 //! - `call`, `recorder`: an op's views and sizes as a dispatch, and dispatches as submissions.
-//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each.
+//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each; `columns`: the
+//!   mixers where their matrices do not fit into a binding.
 //!
 //! A linear weight (`Order::Weight`) lies row after row. Sums are f32 in an order that the sizes fix; there are no
 //! atomics. Nothing waits but a read.
 
 mod adapter;
 mod call;
+mod columns;
 mod dense;
 mod elementwise;
 mod loss;
@@ -27,6 +29,7 @@ mod transfer;
 
 use std::sync::{Mutex, PoisonError};
 
+pub use adapter::Options;
 use adapter::{Abilities, Failure, Opened};
 use call::Call;
 use memory::Memory;
@@ -65,18 +68,15 @@ struct Gpu {
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
 pub fn device() -> Result<Device> {
-    device_with(u64::MAX).map(|(device, _)| device)
+    device_with(&Options::default()).map(|(device, _)| device)
 }
 
-/// [`device`] with a binding of at most `binding` bytes, if the adapter allows as much; and the numbers of what is handed
-/// to it.
+/// [`device`] kept from some of what its adapter has; and the numbers of what is handed to it.
 ///
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
-pub fn device_with(binding: u64) -> Result<(Device, Counters)> {
-    let mut opened = adapter::open(&adapter::choose()?)?;
-    opened.abilities.binding = opened.abilities.binding.min(binding);
-    let gpu = Gpu::new(opened)?;
+pub fn device_with(options: &Options) -> Result<(Device, Counters)> {
+    let gpu = Gpu::new(adapter::open(&adapter::choose()?, options)?)?;
     let counters = gpu.recorder.counters();
     let dtypes = if gpu.abilities.f16 { vec![DType::F32, DType::F16] } else { vec![DType::F32] };
     let info = BackendInfo {
@@ -85,7 +85,7 @@ pub fn device_with(binding: u64) -> Result<(Device, Counters)> {
         dtypes,
         activations: vec![DType::F32],
         scan_chunk: SCAN_CHUNK,
-        batch_invariant: false,
+        batch_invariant: options.batch_invariant,
     };
     Ok((Device::new(Wgpu { info, gpu: Mutex::new(gpu) }), counters))
 }
@@ -185,7 +185,7 @@ impl Backend for Wgpu {
             linear_backward_weight(LinearBackwardWeight);
         elementwise: swiglu(Swiglu), swiglu_backward(SwigluBackward), rope(Rope), neg_exp(NegExp),
             neg_exp_backward(NegExpBackward);
-        mixers: attention(Attention), attention_backward(AttentionBackward), conv1d(Conv1d),
+        columns: attention(Attention), attention_backward(AttentionBackward), conv1d(Conv1d),
             conv1d_backward(Conv1dBackward), selective_scan(SelectiveScan),
             selective_scan_backward(SelectiveScanBackward);
         loss: head_loss(HeadLoss), head_loss_gradient(HeadLossGradient), argmax(Argmax), sample(Sample);

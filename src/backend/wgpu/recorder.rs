@@ -119,7 +119,7 @@ impl Recorder {
         block: &[u32],
         grid: [u32; 3],
     ) {
-        let key = GroupKey(access, windows.iter().map(|w| (w.id, w.start, w.size)).collect());
+        let key = GroupKey(access, windows.iter().map(|w| (w.id, w.place, w.size)).collect());
         if self.groups.len() > MOST_GROUPS {
             self.groups.clear();
         }
