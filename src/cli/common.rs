@@ -29,12 +29,16 @@ pub(super) struct DeviceArguments {
     /// Threads of the cpu backend; all cores unless said.
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// A token's numbers are the same bits alone, in a batch and in any chunk of its prompt: always so on cpu, slower on wgpu.
+    #[arg(long)]
+    batch_invariant: bool,
 }
 
 impl DeviceArguments {
     /// Opens the device.
     pub(super) fn open(&self) -> anyhow::Result<Device> {
-        Ok(select::open(self.backend, self.threads)?)
+        let open = if self.batch_invariant { select::open_batch_invariant } else { select::open };
+        Ok(open(self.backend, self.threads)?)
     }
 
     /// How weights are stored on it.

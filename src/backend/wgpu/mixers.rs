@@ -17,6 +17,9 @@ const ATTENTION_BYTES: usize = 32 * 1024 - 256;
 const LANES: usize = 64;
 /// Rows of a chunk in `conv1d.wgsl`.
 const CONV_CHUNK: usize = 32;
+/// Vectors of four states of a channel for which the scan's tiles fit into workgroup memory.
+const LEAST_QUADS: usize = 2;
+const MOST_QUADS: usize = 16;
 /// Taps that an invocation of `conv1d.wgsl` holds at most.
 const MOST_TAPS: usize = 16;
 
@@ -295,9 +298,10 @@ pub(super) fn gcd(a: usize, b: usize) -> usize {
 
 impl ScanBlocks {
     fn new(call: &Call, inputs: &ops::ScanInputs) -> Result<Self> {
-        let (channels, quads) = (inputs.channels(), inputs.d_state().div_ceil(4).next_power_of_two());
-        if quads > LANES {
-            let what = format!("{} states a channel, more than {}", inputs.d_state(), 4 * LANES);
+        let quads = inputs.d_state().div_ceil(4).next_power_of_two().max(LEAST_QUADS);
+        let channels = inputs.channels();
+        if quads > MOST_QUADS {
+            let what = format!("{} states a channel, more than {}", inputs.d_state(), 4 * MOST_QUADS);
             return Err(Error::Unsupported { backend: "wgpu", op: call.op, what });
         }
         let run = gcd(channels / inputs.groups_b, channels / inputs.groups_c);
