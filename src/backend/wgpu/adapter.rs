@@ -1,14 +1,16 @@
 //! Adapters: which there are, which is taken, and what it has. A feature that may be missing is asked about here alone.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use crate::backend::cache::Cache;
 use crate::backend::{Error, Result};
 
 /// What a device is kept from using of what its adapter has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Bytes of a binding at most.
     pub binding: u64,
@@ -18,11 +20,13 @@ pub struct Options {
     pub subgroups: bool,
     /// One kernel and one shape of a tile, whatever the number of rows: a row's bits are the same alone and in a batch.
     pub batch_invariant: bool,
+    /// The folder where compiled pipelines are kept for the next run; `h1/wgpu` of the user's cache where it is `None`.
+    pub folder: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { binding: u64::MAX, buffer: u64::MAX, subgroups: true, batch_invariant: false }
+        Options { binding: u64::MAX, buffer: u64::MAX, subgroups: true, batch_invariant: false, folder: None }
     }
 }
 
@@ -41,6 +45,8 @@ pub(super) struct Abilities {
     pub buffer: u64,
     /// To what bindings of storage and of uniforms are aligned, in bytes.
     pub alignment: (u64, u64),
+    /// Compiled pipelines as bytes.
+    pub pipeline_cache: bool,
     /// Workgroups along each side of a grid at most.
     pub grid: u32,
     /// One kernel and one shape of a tile, whatever the number of rows.
@@ -58,6 +64,8 @@ pub(super) struct Opened {
     /// The adapter as a person knows it.
     pub name: String,
     pub failure: Failure,
+    /// What pipelines compiled for it are kept under.
+    pub entry: String,
 }
 
 /// The first thing that went wrong on a device outside of a call that could say so: a lost device, a driver's error.
@@ -118,14 +126,15 @@ pub(super) fn describe(adapter: &wgpu::Adapter) -> String {
 fn words(adapter: &wgpu::Adapter, abilities: &Abilities) -> String {
     let info = adapter.get_info();
     let driver = [info.driver, info.driver_info].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>();
-    let Abilities { f16, timestamps, subgroups, binding, .. } = *abilities;
+    let Abilities { f16, timestamps, subgroups, binding, pipeline_cache, .. } = *abilities;
     let lanes = match subgroups {
         (0, _) => "no subgroups".into(),
         (least, most) if least == most => format!("subgroups of {least}"),
         (least, most) => format!("subgroups of {least} to {most}"),
     };
     let has = |there: bool, what: &str| if there { what.into() } else { format!("no {what}") };
-    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), format!("{} MiB a binding", binding >> 20)];
+    let binding = format!("{} MiB a binding", binding >> 20);
+    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), has(pipeline_cache, "pipeline cache"), binding];
     format!("{}, {} {}; {}", info.name, info.backend, driver.join(" "), has.join(", "))
 }
 
@@ -169,6 +178,7 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> (Abilities, wgpu::Fe
         alignment,
         grid: limits.max_compute_workgroups_per_dimension,
         batch_invariant: options.batch_invariant,
+        pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
     };
     (abilities, features, limits)
 }
@@ -199,5 +209,8 @@ pub(super) fn open(adapter: &wgpu::Adapter, options: &Options) -> Result<Opened>
         wgpu::DeviceLostReason::Destroyed => {}
         _ => lost.set(format!("the device was lost: {what}")),
     });
-    Ok(Opened { device, queue, abilities, name, failure })
+    let info = adapter.get_info();
+    let (card, backend) = (format!("{} {} {}", info.name, info.vendor, info.device), info.backend.to_str());
+    let entry = Cache::name(&["pipelines", &card, backend, &info.driver, &info.driver_info]);
+    Ok(Opened { device, queue, abilities, name, failure, entry })
 }

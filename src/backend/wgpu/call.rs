@@ -129,15 +129,14 @@ pub(super) struct Dispatch<'c> {
 impl Dispatch<'_> {
     fn bind(mut self, view: Option<View>, written: bool) -> Self {
         let window = match view {
-            Some(view) => self.window(view, written),
-            None => Ok(self.gpu.scratch.nothing(written)),
+            Some(view) if self.gpu.plan.is_some() => self.gpu.memory.check(view).map(|()| None),
+            Some(view) => self.window(view, written).map(Some),
+            None => Ok(Some(self.gpu.scratch.nothing(written))),
         };
+        self.access.written |= u32::from(written) << self.access.bindings;
+        self.access.bindings += 1;
         match window {
-            Ok(window) => {
-                self.access.written |= u32::from(written) << self.access.bindings;
-                self.access.bindings += 1;
-                self.windows.push(window);
-            }
+            Ok(window) => self.windows.extend(window),
             Err(error) => self.error = self.error.or(Some(error)),
         }
         self
@@ -213,6 +212,10 @@ impl Dispatch<'_> {
         let most = gpu.abilities.grid as usize;
         let grid = grid.map(|side| side.min(most) as u32);
         if grid.contains(&0) {
+            return Ok(());
+        }
+        if let Some(plan) = &mut gpu.plan {
+            plan.push((kernel, access));
             return Ok(());
         }
         let pipeline = gpu.pipelines.get(&kernel, access).map_err(|what| gpu.failed(op, what))?;

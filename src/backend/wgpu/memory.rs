@@ -41,11 +41,20 @@ pub(super) struct Memory {
     abilities: Abilities,
     buffers: HashMap<BufferId, Buffer>,
     next: u64,
+    /// Whether new buffers have no memory: nothing is done with them.
+    pub planning: bool,
 }
 
 impl Memory {
     pub fn new(device: &wgpu::Device, name: &str, abilities: Abilities) -> Self {
-        Memory { device: device.clone(), name: name.into(), abilities, buffers: HashMap::new(), next: 0 }
+        Memory {
+            device: device.clone(),
+            name: name.into(),
+            abilities,
+            buffers: HashMap::new(),
+            next: 0,
+            planning: false,
+        }
     }
 
     /// That there is no memory for so much.
@@ -76,7 +85,7 @@ impl Memory {
         let bytes = len.checked_mul(dtype.size()).and_then(|bytes| bytes.checked_next_multiple_of(16));
         let bytes = bytes.ok_or_else(|| self.out_of_memory(what, usize::MAX))?.max(16);
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let (mut parts, mut left) = (Vec::new(), bytes as u64);
+        let (mut parts, mut left) = (Vec::new(), if self.planning { 0 } else { bytes as u64 });
         if left.div_ceil(self.abilities.buffer) > MOST_PARTS {
             return Err(self.out_of_memory(what, bytes));
         }

@@ -19,9 +19,12 @@ pub(super) enum Slot {
     Block(u32),
 }
 
+/// The buffer of each slot, and its values.
+pub(super) type Slots = HashMap<(Slot, DType), (BufferId, usize)>;
+
 /// The scratch of a device.
 pub(super) struct Scratch {
-    slots: HashMap<(Slot, DType), (BufferId, usize)>,
+    slots: Slots,
     /// Two buffers of nothing, to read and to write, for bindings of what is absent.
     nothing: [Window; 2],
 }
@@ -45,6 +48,17 @@ impl Scratch {
     pub fn nothing(&self, written: bool) -> Window {
         let [read, write] = &self.nothing;
         if written { write.clone() } else { read.clone() }
+    }
+
+    /// Takes all slots out.
+    pub fn take(&mut self) -> Slots {
+        std::mem::take(&mut self.slots)
+    }
+
+    /// Puts slots back in the place of those that were made since.
+    pub fn put_back(&mut self, slots: Slots, memory: &mut Memory) {
+        let made = std::mem::replace(&mut self.slots, slots);
+        made.into_values().for_each(|(buffer, _)| memory.free(buffer));
     }
 
     /// A view of `rows × cols` values in a slot, which grows if it must.
