@@ -16,14 +16,20 @@ fn rounds(device: &Device) -> u64 {
     match device.info().device.starts_with(emulated::NAME) {
         true if std::env::var_os(SANITIZE).is_some() => 2,
         true => 8,
+        false if std::env::var_os(SUBGROUPS).is_some() => FEW,
         false => 24,
     }
 }
 
 fn every_op_agrees_with_the_reference(device: &Device) {
+    println!("on {}", device.info().device);
+    every_op_agrees(device, rounds(device));
+}
+
+fn every_op_agrees(device: &Device, rounds: u64) {
     let mut failures = Vec::new();
     for case in cases::CASES {
-        let runs: Result<Vec<f64>, _> = (0..rounds(device))
+        let runs: Result<Vec<f64>, _> = (0..rounds)
             .map(|seed| case.run(device, seed).map_err(|failure| format!("{} (seed {seed}): {failure}", case.name)))
             .collect();
         match runs {
@@ -185,23 +191,72 @@ differential! {
     on_wgpu: wgpu_device();
 }
 
+/// The device of the WGSL backend kept from some of what its adapter has, and the numbers of what is handed to it.
+fn wgpu_with(options: wgpu::Options) -> Option<(Device, wgpu::Counters)> {
+    wgpu_device()?;
+    Some(wgpu::device_with(&options).unwrap())
+}
+
+/// Set in a process whose software Vulkan driver has subgroups of a size of ours, and the sizes that each case has there.
+const SUBGROUPS: &str = "H1_SUBGROUPS";
+const FEW: u64 = 5;
+
 #[test]
-fn matrices_over_the_limit_of_a_binding_are_split_on_wgpu() {
-    // Weights and activations of up to 160 kB.
-    let Ok((device, counters)) = wgpu::device_with(40_000) else {
-        wgpu_device();
-        return;
-    };
-    let split =
-        ["embed", "linear", "rms_norm", "swiglu", "neg_exp", "copy", "fill", "scale", "weighted", "squared", "adamw"];
-    for case in cases::CASES.iter().filter(|case| split.iter().any(|name| case.name.starts_with(name))) {
-        for seed in 0..6 {
-            if let Err(failure) = case.run(&device, seed) {
-                panic!("{} (seed {seed}): {failure}", case.name);
+#[cfg(target_os = "linux")]
+fn subgroups_may_have_any_size_on_wgpu() {
+    let Some(device) = wgpu_device() else { return };
+    if !device.info().device.starts_with("llvmpipe") {
+        return println!("skipped: {} has the subgroups that it has", device.info().device);
+    }
+    for (bits, lanes) in [("128", 4), ("256", 8), ("512", 16)] {
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "on_wgpu::every_op_agrees_with_the_reference", "--nocapture"])
+            .env("LP_NATIVE_VECTOR_WIDTH", bits)
+            .env(SUBGROUPS, "")
+            .output()
+            .unwrap();
+        let [out, error] = [run.stdout, run.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        let of_that_size = out.contains(&format!("subgroups of {lanes},"));
+        assert!(run.status.success() && of_that_size && out.contains("1 passed"), "{bits} bits: {out}\n{error}");
+    }
+}
+
+#[test]
+fn every_op_needs_no_subgroups_on_wgpu() {
+    let Some((device, _)) = wgpu_with(wgpu::Options { subgroups: false, ..Default::default() }) else { return };
+    assert!(device.info().device.contains("no subgroups"));
+    every_op_agrees(&device, FEW);
+}
+
+#[test]
+fn matrices_over_the_limits_of_bindings_and_buffers_are_split_on_wgpu() {
+    let Some((whole, whole_counters)) = wgpu_with(wgpu::Options::default()) else { return };
+    let split = |binding, buffer| wgpu_with(wgpu::Options { binding, buffer, ..Default::default() });
+    // A binding shows a few rows of a matrix; of a mixer's, one head or channel of all rows.
+    let (Some(rows), Some(columns)) = (split(8 << 10, 12 << 10), split(60_000, 70_000)) else { return };
+    let mixers = ["attention", "conv1d", "selective_scan"];
+    let mut failures = Vec::new();
+    for case in cases::CASES {
+        let mixer = mixers.iter().any(|name| case.name.starts_with(name));
+        let ((split, split_counters), seeds) = if mixer { (&columns, 40) } else { (&rows, 16) };
+        let mut dispatched = |device: &Device, counters: &wgpu::Counters, seed| {
+            let before = counters.dispatches();
+            match case.run(device, seed) {
+                // The pool of a head's pages is one binding.
+                Err(cases::Failure::Backend(Error::Unsupported { .. })) if case.name.ends_with("pages") => {}
+                Err(failure) => failures.push(format!("{} (seed {seed}): {failure}", case.name)),
+                Ok(_) => {}
             }
+            counters.dispatches() - before
+        };
+        let more = |seed| dispatched(split, split_counters, seed) > dispatched(&whole, &whole_counters, seed);
+        let more = (0..seeds).map(more).filter(|more| *more).count();
+        println!("{:44} {more} of {seeds} in more dispatches", case.name);
+        if more == 0 && !["linear of one row", "clip_factor"].contains(&case.name) {
+            failures.push(format!("{} was never split", case.name));
         }
     }
-    assert!(counters.dispatches() > 0);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
 #[test]

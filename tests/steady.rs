@@ -204,7 +204,7 @@ fn a_training_step_launches_a_number_of_ops_that_holds() {
 #[test]
 fn steps_on_wgpu_are_a_number_of_dispatches_and_few_submissions() {
     let _alone = alone();
-    let (device, counters) = match wgpu::device_with(u64::MAX) {
+    let (device, counters) = match wgpu::device_with(&wgpu::Options::default()) {
         Ok(opened) => opened,
         // A machine without an adapter says so; in CI that is a failure.
         Err(error) if std::env::var_os("CI").is_none() => return println!("skipped: {error}"),
@@ -227,6 +227,45 @@ fn steps_on_wgpu_are_a_number_of_dispatches_and_few_submissions() {
     let step = handed(&mut step);
     assert_eq!([token.0, step.0], [DISPATCHES_OF_A_TOKEN, DISPATCHES_OF_A_STEP]);
     assert!(token.1 <= 4 && step.1 <= 12, "submissions of a token and of a step: {} and {}", token.1, step.1);
+}
+
+#[test]
+fn what_is_compiled_ahead_on_wgpu_is_all_that_is_needed_and_nothing_is_done() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let options = wgpu::Options { folder: Some(folder.path().into()), ..Default::default() };
+    let (device, counters) = match wgpu::device_with(&options) {
+        Ok(opened) => opened,
+        Err(error) if std::env::var_os("CI").is_none() => return println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    };
+    let model = hybrid(&device);
+    let before = (device.launches(), device.allocations(), counters.dispatches());
+    let mut heard = Vec::new();
+    h1::model::compile_ahead(&model, |done, all| heard.push((done, all))).unwrap();
+    assert_eq!(before, (device.launches(), device.allocations(), counters.dispatches()));
+    assert_eq!(counters.pipelines(), heard.len() as u64);
+    assert!(heard.iter().zip(1..).all(|(&(done, all), n)| done == n && all == heard.len()), "{heard:?}");
+    let mut decoder = Decoder::new(&model, 32, 1);
+    decoder.step(&[5; 32], &segments(1, 32, 0), &[31]);
+    decoder.step(&[6], &segments(1, 1, 32), &[0]);
+    assert_eq!(counters.pipelines(), heard.len() as u64);
+    // Kept when the device goes, whole; what is not its own is ignored and written again.
+    drop(decoder);
+    drop(model);
+    drop(device);
+    let kept = || std::fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().path()).collect::<Vec<_>>();
+    let files = kept();
+    assert_eq!(files.len(), 1, "{files:?}");
+    let good = std::fs::read(&files[0]).unwrap();
+    std::fs::write(&files[0], &good[..good.len() / 2]).unwrap();
+    let (device, _) = wgpu::device_with(&options).unwrap();
+    let model = hybrid(&device);
+    Decoder::new(&model, 32, 1).step(&[5; 32], &segments(1, 32, 0), &[31]);
+    drop(model);
+    drop(device);
+    assert_eq!(kept(), files);
+    assert!(std::fs::metadata(&files[0]).unwrap().len() > good.len() as u64 / 2);
 }
 
 #[test]

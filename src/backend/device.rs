@@ -227,6 +227,35 @@ impl Device {
         self.0.backend.read(src)
     }
 
+    /// Compiles what `calls` will need, without making them: see [`Backend::compile_ahead`]. Buffers that `calls` makes have no
+    /// memory and must not outlive them.
+    ///
+    /// # Errors
+    /// What `calls` fails with.
+    pub fn compile_ahead(
+        &self,
+        mut calls: impl FnMut() -> Result<()>,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<()> {
+        let Counts { launches, allocations, peak_bytes, .. } = &self.0.counts;
+        let before = [launches, allocations].map(|count| count.load(Ordering::Relaxed));
+        let peak = peak_bytes.load(Ordering::Relaxed);
+        let result = self.0.backend.compile_ahead(&mut calls, &mut progress);
+        [launches, allocations].iter().zip(before).for_each(|(count, before)| count.store(before, Ordering::Relaxed));
+        peak_bytes.store(peak, Ordering::Relaxed);
+        result
+    }
+
+    /// Makes `calls` and gives the seconds that the device itself took for them, where it can tell.
+    ///
+    /// # Errors
+    /// What `calls` fails with, or when the device fails.
+    pub fn seconds_of(&self, calls: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
+        let ticks = self.0.backend.start_clock()?;
+        calls()?;
+        if ticks { self.0.backend.stop_clock().map(Some) } else { Ok(None) }
+    }
+
     fn own(&self, op: &'static str, view: View) -> Result<()> {
         if view.device == self.0.id { Ok(()) } else { Err(Error::Foreign { op, argument: "view" }) }
     }

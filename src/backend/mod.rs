@@ -9,6 +9,7 @@
 //! - No op returns a number to the host. Numbers are read with [`Device::read`], which need not wait.
 //! - An op whose sizes were reserved allocates nothing.
 
+mod cache;
 pub mod cases;
 mod check;
 pub mod cpu;
@@ -148,6 +149,24 @@ pub trait Backend: Send + Sync {
     }
     /// Forgets a recording.
     fn forget(&self, _recording: RecordingId) {}
+    /// Makes `calls` without their effect: nothing is allocated, computed, written or read, values that are read are 0. What
+    /// the device must compile for them is compiled; `progress` hears how many parts of how many are done. No other thread
+    /// may use the device meanwhile. A backend that has nothing to compile does nothing.
+    fn compile_ahead(
+        &self,
+        _calls: &mut dyn FnMut() -> Result<()>,
+        _progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
+        Ok(())
+    }
+    /// Starts the device's own clock; false where it has none.
+    fn start_clock(&self) -> Result<bool> {
+        Ok(false)
+    }
+    /// Stops it, and gives the seconds from the start until all that was launched since was done.
+    fn stop_clock(&self) -> Result<f64> {
+        Err(Error::Unsupported { backend: self.info().name, op: "clock", what: "times of its own".into() })
+    }
 
     /// See [`ops::Embed`].
     fn embed(&self, op: &ops::Embed) -> Result<()>;

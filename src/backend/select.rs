@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use super::reference::Reference;
-use super::{Backend, Device, Result, cpu, cuda, wgpu};
+use super::{Backend, Device, Error, Result, cpu, cuda, wgpu};
 
 /// A backend as asked for on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +63,28 @@ pub fn open(name: Name, threads: Option<NonZeroUsize>) -> Result<Device> {
     }
 }
 
+/// Opens a backend whose outputs for a token are the same bits however its sequence is cut into calls and whatever shares
+/// them; auto takes the fastest that has such a mode.
+///
+/// # Errors
+/// As [`open`], and when the backend has no such mode.
+pub fn open_batch_invariant(name: Name, threads: Option<NonZeroUsize>) -> Result<Device> {
+    let on_wgpu = || wgpu::device_with(&wgpu::Options { batch_invariant: true, ..Default::default() });
+    let device = match name {
+        Name::Auto => match wgpu::describe() {
+            Ok((_, true)) => on_wgpu()?.0,
+            _ => cpu::device(threads)?,
+        },
+        Name::Wgpu => on_wgpu()?.0,
+        Name::Cuda | Name::Cpu | Name::Reference => open(name, threads)?,
+    };
+    if device.info().batch_invariant {
+        return Ok(device);
+    }
+    let why = "it has no batch-invariant mode; wgpu and cpu do".into();
+    Err(Error::Unavailable { backend: name.to_string(), why })
+}
+
 /// The backends, the fastest first, each with the device that it would run on or the reason why it cannot be used.
 pub fn list(threads: Option<NonZeroUsize>) -> Vec<(Name, Result<String>)> {
     let found = |name| match name {
@@ -76,7 +98,6 @@ pub fn list(threads: Option<NonZeroUsize>) -> Vec<(Name, Result<String>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Error;
     use super::*;
 
     #[test]
@@ -85,6 +106,14 @@ mod tests {
             assert_eq!(name.to_string().parse(), Ok(name));
         }
         assert!("gpu".parse::<Name>().unwrap_err().contains("gpu"));
+    }
+
+    #[test]
+    fn a_backend_without_a_batch_invariant_mode_says_so() {
+        let threads = NonZeroUsize::new(1);
+        assert!(open_batch_invariant(Name::Cpu, threads).unwrap().info().batch_invariant);
+        let refused = open_batch_invariant(Name::Reference, threads).unwrap_err().to_string();
+        assert!(refused.contains("no batch-invariant mode"), "{refused}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::backend::select::{self, Name};
 use crate::backend::{DType, Device};
 use crate::checkpoint::{self, Checkpoint};
-use crate::model::Model;
+use crate::model::{Model, compile_ahead};
 use crate::text::cache::{Cache, Progress};
 use crate::text::documents::Documents;
 use crate::text::encode::{Encoder, LossOn, Render};
@@ -29,12 +29,16 @@ pub(super) struct DeviceArguments {
     /// Threads of the cpu backend; all cores unless said.
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// A token's numbers are the same bits alone, in a batch and in any chunk of its prompt: always so on cpu, slower on wgpu.
+    #[arg(long)]
+    batch_invariant: bool,
 }
 
 impl DeviceArguments {
     /// Opens the device.
     pub(super) fn open(&self) -> anyhow::Result<Device> {
-        Ok(select::open(self.backend, self.threads)?)
+        let open = if self.batch_invariant { select::open_batch_invariant } else { select::open };
+        Ok(open(self.backend, self.threads)?)
     }
 
     /// How weights are stored on it.
@@ -53,9 +57,11 @@ impl DeviceArguments {
         DeviceArguments { threads: Some(threads), ..self.clone() }
     }
 
-    /// Loads a model onto it.
+    /// Loads a model onto it, and compiles what it needs.
     pub(super) fn load(&self, device: &Device, checkpoint: &Checkpoint) -> anyhow::Result<Model> {
-        Ok(checkpoint.load(device, self.dtype)?)
+        let model = checkpoint.load(device, self.dtype)?;
+        compile_ahead(&model, compiling())?;
+        Ok(model)
     }
 }
 
@@ -88,6 +94,18 @@ pub(super) fn tokenising() -> impl FnMut(Progress) {
         let bar = bar.get_or_insert_with(|| progress(all as usize, "bytes tokenised"));
         bar.set_length(all);
         bar.set_position(done);
+        if done >= all {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A bar over kernels that are compiled.
+fn compiling() -> impl FnMut(usize, usize) {
+    let mut bar = None;
+    move |done, all| {
+        let bar = bar.get_or_insert_with(|| progress(all, "kernels compiled"));
+        bar.set_position(done as u64);
         if done >= all {
             bar.finish_and_clear();
         }

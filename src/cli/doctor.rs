@@ -28,7 +28,7 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-/// A backend that can be used.
+/// A backend that can be used; on wgpu, an adapter of this machine.
 #[derive(Serialize)]
 struct Found {
     device: String,
@@ -46,11 +46,17 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let limits = Limits::measure(threads, budget)?;
     let mut backends = Vec::new();
     for (name, found) in select::list(arguments.threads) {
-        let examined = match found {
-            Ok(_) => select::open(name, arguments.threads),
-            Err(reason) => Err(reason),
+        let opened = match (name, found) {
+            (Name::Wgpu, Ok(_)) => {
+                let device = |adapter: wgpu::Adapter| Ok(adapter.open(&wgpu::Options::default())?.0);
+                wgpu::adapters().into_iter().map(device).collect()
+            }
+            (_, Ok(_)) => vec![select::open(name, arguments.threads)],
+            (_, Err(reason)) => vec![Err(reason)],
         };
-        backends.push((name, examined.map(|device| examine(&arguments, name, &device, budget))));
+        for device in opened {
+            backends.push((name, device.map(|device| examine(&arguments, name, &device, budget))));
+        }
     }
     let backends: Vec<(Name, Result<Found, String>)> = backends
         .into_iter()
@@ -91,7 +97,6 @@ fn examine(arguments: &Arguments, name: Name, device: &Device, budget: Duration)
 fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Found, String>)]) -> anyhow::Result<()> {
     let processor = cpu::describe(arguments.threads);
     let memory = memory_bytes();
-    let adapters = wgpu::adapters();
     if arguments.json {
         let backends: Vec<_> = backends
             .iter()
@@ -104,7 +109,6 @@ fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Foun
             "version": env!("CARGO_PKG_VERSION"),
             "processor": processor,
             "memory_bytes": memory,
-            "adapters": adapters,
             "limits": limits,
             "backends": backends,
         }));
@@ -116,7 +120,6 @@ fn report(arguments: &Arguments, limits: &Limits, backends: &[(Name, Result<Foun
         format!("memory      {gibibytes}; {:.1} GB/s copied, {:.1} GB/s read", limits.copy_gbytes, limits.read_gbytes),
         format!("products    {:.0} GFLOP/s by the gemm crate on {} threads, f32", limits.gemm_gflops, limits.threads),
     ];
-    lines.extend(adapters.iter().map(|adapter| format!("adapter     {adapter}")));
     lines.push(String::new());
     let mut table = Table::new(&[
         ("backend", Align::Left),

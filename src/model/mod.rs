@@ -1,5 +1,6 @@
 //! Configuration, parameters, layers with their backward, the cache.
 
+mod ahead;
 mod attention;
 mod block;
 pub mod cache;
@@ -15,6 +16,7 @@ mod scratch;
 pub mod tensors;
 pub mod weights;
 
+pub use ahead::compile_ahead;
 pub use block::BlockSaved;
 pub use cache::Cache;
 pub use call::Skip;

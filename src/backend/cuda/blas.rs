@@ -13,10 +13,10 @@ use cudarc::cublaslt::sys::{
     cublasStatus_t, cudaDataType_t,
 };
 
-use super::cache::Cache;
 use super::driver::{Matrix, Pointer, Product};
 use super::libraries;
 use crate::backend::DType;
+use crate::backend::cache::Cache;
 
 /// Bytes that the library may use beside the matrices.
 pub const WORKSPACE: usize = 64 << 20;

@@ -5,7 +5,6 @@
 //! activations too; sums are f32. All calls go to one stream in order, and none waits for the device.
 
 mod blas;
-mod cache;
 mod call;
 #[doc(hidden)]
 pub mod compiler;

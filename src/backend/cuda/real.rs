@@ -8,11 +8,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUmemorytype, CUresult};
 
 use super::blas::{self, Blas, WORKSPACE};
-use super::cache::Cache;
 use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
 use super::source::{HEADERS, KernelKey, ModuleKey};
 use super::staging::{Arrival, Ring, SLOT, Spare};
 use super::{compiler, libraries};
+use crate::backend::cache::Cache;
 use crate::backend::{Error, Result};
 
 /// The oldest driver, by the version of CUDA that it knows.
@@ -202,7 +202,7 @@ impl Card {
         let context = Arc::new(Context::new(device, &limits.name)?);
         keep_freed_memory(&context, device)?;
         let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
-        let cache = Cache::of_user();
+        let cache = Cache::of_user("cuda");
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
         let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
         let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, early: false, made: 0 };

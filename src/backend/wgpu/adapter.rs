@@ -1,11 +1,34 @@
 //! Adapters: which there are, which is taken, and what it has. A feature that may be missing is asked about here alone.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
+use crate::backend::cache::Cache;
 use crate::backend::{Error, Result};
+
+/// What a device is kept from using of what its adapter has.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Bytes of a binding at most.
+    pub binding: u64,
+    /// Bytes of a buffer at most.
+    pub buffer: u64,
+    /// Whether shaders may use subgroups.
+    pub subgroups: bool,
+    /// One kernel and one shape of a tile, whatever the number of rows: a row's bits are the same alone and in a batch.
+    pub batch_invariant: bool,
+    /// The folder where compiled pipelines are kept for the next run; `h1/wgpu` of the user's cache where it is `None`.
+    pub folder: Option<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { binding: u64::MAX, buffer: u64::MAX, subgroups: true, batch_invariant: false, folder: None }
+    }
+}
 
 /// What an adapter has of what is not there on all of them.
 #[derive(Clone, Copy, Debug)]
@@ -16,15 +39,22 @@ pub(super) struct Abilities {
     pub timestamps: bool,
     /// The smallest and the largest number of lanes of a subgroup; 0 without subgroups.
     pub subgroups: (u32, u32),
-    /// Bytes that a binding can show at most.
+    /// Bytes that a binding can show at most; no more than a buffer has.
     pub binding: u64,
-    /// Bytes of a buffer at most.
+    /// Bytes of a buffer at most, a multiple of all alignments.
     pub buffer: u64,
     /// To what bindings of storage and of uniforms are aligned, in bytes.
     pub alignment: (u64, u64),
+    /// Compiled pipelines as bytes.
+    pub pipeline_cache: bool,
     /// Workgroups along each side of a grid at most.
     pub grid: u32,
+    /// One kernel and one shape of a tile, whatever the number of rows.
+    pub batch_invariant: bool,
 }
+
+/// What the size of a buffer is a multiple of, in bytes: at least every alignment that WebGPU allows an adapter.
+const WHOLE: u64 = 256;
 
 /// An adapter that is open.
 pub(super) struct Opened {
@@ -34,6 +64,8 @@ pub(super) struct Opened {
     /// The adapter as a person knows it.
     pub name: String,
     pub failure: Failure,
+    /// What pipelines compiled for it are kept under.
+    pub entry: String,
 }
 
 /// The first thing that went wrong on a device outside of a call that could say so: a lost device, a driver's error.
@@ -88,16 +120,21 @@ pub(super) fn is_hardware(adapter: &wgpu::Adapter) -> bool {
 
 /// An adapter as a person knows it, with what it has and lacks.
 pub(super) fn describe(adapter: &wgpu::Adapter) -> String {
+    words(adapter, &abilities(adapter, &Options::default()).0)
+}
+
+fn words(adapter: &wgpu::Adapter, abilities: &Abilities) -> String {
     let info = adapter.get_info();
     let driver = [info.driver, info.driver_info].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>();
-    let (Abilities { f16, timestamps, subgroups, binding, .. }, _, _) = abilities(adapter);
+    let Abilities { f16, timestamps, subgroups, binding, pipeline_cache, .. } = *abilities;
     let lanes = match subgroups {
         (0, _) => "no subgroups".into(),
         (least, most) if least == most => format!("subgroups of {least}"),
         (least, most) => format!("subgroups of {least} to {most}"),
     };
     let has = |there: bool, what: &str| if there { what.into() } else { format!("no {what}") };
-    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), format!("{} MiB a binding", binding >> 20)];
+    let binding = format!("{} MiB a binding", binding >> 20);
+    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), has(pipeline_cache, "pipeline cache"), binding];
     format!("{}, {} {}; {}", info.name, info.backend, driver.join(" "), has.join(", "))
 }
 
@@ -118,38 +155,41 @@ pub(super) fn choose() -> Result<wgpu::Adapter> {
     found.ok_or_else(|| unavailable(format!("no adapter is called '{wanted}'; there are: {}", names.join("; "))))
 }
 
-fn abilities(adapter: &wgpu::Adapter) -> (Abilities, wgpu::Features, wgpu::Limits) {
+fn abilities(adapter: &wgpu::Adapter, options: &Options) -> (Abilities, wgpu::Features, wgpu::Limits) {
     let (there, limits, info) = (adapter.features(), adapter.limits(), adapter.get_info());
     let wanted = wgpu::Features::SHADER_F16
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES
         | wgpu::Features::PIPELINE_CACHE;
-    let features = there & wanted;
+    let mut features = there & wanted;
+    features.set(wgpu::Features::SUBGROUP, options.subgroups && features.contains(wgpu::Features::SUBGROUP));
     let subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let alignment =
+        (u64::from(limits.min_storage_buffer_offset_alignment), u64::from(limits.min_uniform_buffer_offset_alignment));
+    let buffer = limits.max_buffer_size.min(options.buffer).max(WHOLE) / WHOLE * WHOLE;
     let abilities = Abilities {
         f16: features.contains(wgpu::Features::SHADER_F16),
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
         subgroups: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
         // A window of a buffer starts at a multiple of the alignment and ends at a multiple of 4.
-        binding: limits.max_storage_buffer_binding_size / 4 * 4,
-        buffer: limits.max_buffer_size / 4 * 4,
-        alignment: (
-            u64::from(limits.min_storage_buffer_offset_alignment),
-            u64::from(limits.min_uniform_buffer_offset_alignment),
-        ),
+        binding: limits.max_storage_buffer_binding_size.min(options.binding).min(buffer) / 4 * 4,
+        buffer,
+        alignment,
         grid: limits.max_compute_workgroups_per_dimension,
+        batch_invariant: options.batch_invariant,
+        pipeline_cache: features.contains(wgpu::Features::PIPELINE_CACHE),
     };
     (abilities, features, limits)
 }
 
-/// Opens an adapter with all that it has.
+/// Opens an adapter with all that it has and `options` allow.
 ///
 /// # Errors
 /// When its driver refuses.
-pub(super) fn open(adapter: &wgpu::Adapter) -> Result<Opened> {
-    let name = describe(adapter);
-    let (abilities, required_features, required_limits) = abilities(adapter);
+pub(super) fn open(adapter: &wgpu::Adapter, options: &Options) -> Result<Opened> {
+    let (abilities, required_features, required_limits) = abilities(adapter, options);
+    let name = words(adapter, &abilities);
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("h1"),
         required_features,
@@ -169,5 +209,8 @@ pub(super) fn open(adapter: &wgpu::Adapter) -> Result<Opened> {
         wgpu::DeviceLostReason::Destroyed => {}
         _ => lost.set(format!("the device was lost: {what}")),
     });
-    Ok(Opened { device, queue, abilities, name, failure })
+    let info = adapter.get_info();
+    let (card, backend) = (format!("{} {} {}", info.name, info.vendor, info.device), info.backend.to_str());
+    let entry = Cache::name(&["pipelines", &card, backend, &info.driver, &info.driver_info]);
+    Ok(Opened { device, queue, abilities, name, failure, entry })
 }

@@ -13,9 +13,10 @@
 use super::Gpu;
 use super::memory::Window;
 use super::pipelines::{Access, PARAMETERS};
+use super::rows;
 use super::scratch::Slot;
 use super::shaders::Kernel;
-use crate::backend::{DType, Error, Order, Result, View};
+use crate::backend::{DType, Error, Order, Out, Result, View};
 
 /// An op under way.
 pub(super) struct Call<'g> {
@@ -30,7 +31,12 @@ impl Call<'_> {
     /// # Errors
     /// When one does not.
     pub fn check(&self, views: impl IntoIterator<Item = View>) -> Result<()> {
-        views.into_iter().try_for_each(|view| self.gpu.memory.buffer(view).map(drop))
+        views.into_iter().try_for_each(|view| self.gpu.memory.check(view))
+    }
+
+    /// Whether the number of rows may choose no kernel and no tile.
+    pub fn batch_invariant(&self) -> bool {
+        self.gpu.abilities.batch_invariant
     }
 
     /// Begins a dispatch.
@@ -43,6 +49,7 @@ impl Call<'_> {
             windows: Vec::new(),
             access: none,
             numbers: Vec::new(),
+            copied: Vec::new(),
             error: None,
         }
     }
@@ -52,16 +59,20 @@ impl Call<'_> {
     /// # Errors
     /// When it was not reserved and the device has no room.
     pub fn scratch(&mut self, slot: Slot, rows: usize, cols: usize) -> Result<View> {
-        self.gpu.scratch.view(&mut self.gpu.memory, &mut self.gpu.recorder, slot, rows, cols)
+        self.scratch_of(DType::F32, slot, rows, cols)
+    }
+
+    /// The same of another dtype.
+    ///
+    /// # Errors
+    /// As [`Call::scratch`].
+    pub fn scratch_of(&mut self, dtype: DType, slot: Slot, rows: usize, cols: usize) -> Result<View> {
+        self.gpu.scratch.view(&mut self.gpu.memory, &mut self.gpu.recorder, (slot, dtype), rows, cols)
     }
 
     /// Values that a binding can show of each of some views, wherever they start.
     pub fn values_at_once(&self, views: &[View]) -> usize {
-        // A window may start a whole alignment before its view.
-        let bytes = self.gpu.abilities.binding.saturating_sub(self.gpu.abilities.alignment.0 + 4);
-        let fit = |view: &View| usize::try_from(bytes).unwrap_or(usize::MAX) / view.dtype.size();
-        // A shader counts in u32.
-        views.iter().map(fit).min().unwrap_or(usize::MAX).min(u32::MAX as usize / 2)
+        views.iter().map(|view| self.gpu.memory.shown(view.dtype)).min().unwrap_or(usize::MAX)
     }
 
     /// Rows that a binding can show of each of some views; at least 1.
@@ -110,24 +121,44 @@ pub(super) struct Dispatch<'c> {
     windows: Vec<Window>,
     access: Access,
     numbers: Vec<u32>,
+    /// Views that no window can show, and copies of them in scratch that are written in their place.
+    copied: Vec<(View, View)>,
     error: Option<Error>,
 }
 
 impl Dispatch<'_> {
     fn bind(mut self, view: Option<View>, written: bool) -> Self {
         let window = match view {
-            Some(view) => self.gpu.memory.window(self.op, view),
-            None => Ok(self.gpu.scratch.nothing(written)),
+            Some(view) if self.gpu.plan.is_some() => self.gpu.memory.check(view).map(|()| None),
+            Some(view) => self.window(view, written).map(Some),
+            None => Ok(Some(self.gpu.scratch.nothing(written))),
         };
+        self.access.written |= u32::from(written) << self.access.bindings;
+        self.access.bindings += 1;
         match window {
-            Ok(window) => {
-                self.access.written |= u32::from(written) << self.access.bindings;
-                self.access.bindings += 1;
-                self.windows.push(window);
-            }
+            Ok(window) => self.windows.extend(window),
             Err(error) => self.error = self.error.or(Some(error)),
         }
         self
+    }
+
+    /// The window of a view, or of a copy of its values where they lie in two parts of a buffer, or too far apart.
+    fn window(&mut self, view: View, written: bool) -> Result<Window> {
+        if let Some(window) = self.gpu.memory.window(view)? {
+            return Ok(window);
+        }
+        let plain = View { order: Order::Rows, rows: view.span().len() / view.cols, ..view };
+        let whole = if view.order == Order::Weight { plain } else { view };
+        if whole.len() > self.gpu.memory.shown(view.dtype) {
+            return Err(self.gpu.memory.too_large(self.op, view));
+        }
+        let mut call = Call { op: self.op, gpu: self.gpu };
+        let copy = call.scratch_of(view.dtype, Slot::Copy(self.access.bindings), whole.rows, whole.cols)?;
+        move_values(&mut call, whole, copy, Direction::There)?;
+        if written {
+            self.copied.push((whole, copy));
+        }
+        self.gpu.memory.window(copy)?.ok_or_else(|| self.gpu.memory.too_large(self.op, view))
     }
 
     /// The next binding is this view, which the shader reads (`var<storage, read>`).
@@ -171,7 +202,7 @@ impl Dispatch<'_> {
     /// # Errors
     /// When a view does not lie in its buffer, the kernel cannot be made, or the device is lost.
     pub fn grid(self, grid: [usize; 3]) -> Result<()> {
-        let Dispatch { op, gpu, kernel, windows, access, numbers, error } = self;
+        let Dispatch { op, gpu, kernel, windows, access, numbers, copied, error } = self;
         if let Some(error) = error {
             return Err(error);
         }
@@ -183,8 +214,31 @@ impl Dispatch<'_> {
         if grid.contains(&0) {
             return Ok(());
         }
+        if let Some(plan) = &mut gpu.plan {
+            plan.push((kernel, access));
+            return Ok(());
+        }
         let pipeline = gpu.pipelines.get(&kernel, access).map_err(|what| gpu.failed(op, what))?;
         gpu.recorder.dispatch(&mut gpu.pipelines, &pipeline, access, &windows, &block, grid);
-        Ok(())
+        let mut call = Call { op, gpu };
+        copied.into_iter().try_for_each(|(view, copy)| move_values(&mut call, view, copy, Direction::Back))
     }
+}
+
+/// Which way values go between a view and its copy.
+#[derive(Clone, Copy, PartialEq)]
+enum Direction {
+    There,
+    Back,
+}
+
+/// Copies a view of any size, piece by piece, to a copy without gaps that a window can show, or back.
+fn move_values(call: &mut Call, view: View, copy: View, direction: Direction) -> Result<()> {
+    let (view, copy) = flat(view).zip(flat(copy)).unwrap_or((view, copy));
+    for (row, col, piece) in call.gpu.memory.pieces(view)? {
+        let beside = copy.row_range(row, piece.rows)?.col_range(col, piece.cols)?;
+        let (src, out) = if direction == Direction::There { (piece, beside) } else { (beside, piece) };
+        rows::copy_part(call, src, Out::assign(out))?;
+    }
+    Ok(())
 }

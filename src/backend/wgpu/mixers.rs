@@ -17,6 +17,9 @@ const ATTENTION_BYTES: usize = 32 * 1024 - 256;
 const LANES: usize = 64;
 /// Rows of a chunk in `conv1d.wgsl`.
 const CONV_CHUNK: usize = 32;
+/// Vectors of four states of a channel for which the scan's tiles fit into workgroup memory.
+const LEAST_QUADS: usize = 2;
+const MOST_QUADS: usize = 16;
 /// Taps that an invocation of `conv1d.wgsl` holds at most.
 const MOST_TAPS: usize = 16;
 
@@ -48,6 +51,11 @@ fn flag(on: bool) -> usize {
 /// The most chunks of `length` rows that `tokens` rows of `segments` segments can be.
 fn chunks(tokens: usize, segments: usize, length: usize) -> usize {
     tokens / length + segments.min(tokens)
+}
+
+/// Rows of the sums of the convolution's backward.
+pub(super) fn conv_chunks(tokens: usize, segments: usize) -> usize {
+    chunks(tokens, segments, CONV_CHUNK)
 }
 
 /// Slots that all states have; at least 1, which is not touched where there is no state.
@@ -217,7 +225,7 @@ pub(super) fn conv1d(call: &mut Call, op: &ops::Conv1d) -> Result<()> {
         .size(flag(op.state_in.is_some()))
         .size(flag(op.state_out.is_some()))
         .size(flag(in_place))
-        .grid([shape.channels_in.div_ceil(LANES), chunks(tokens, table.rows, CONV_CHUNK), 1])
+        .grid([shape.channels_in.div_ceil(LANES), conv_chunks(tokens, table.rows), 1])
 }
 
 pub(super) fn conv1d_backward(call: &mut Call, op: &ops::Conv1dBackward) -> Result<()> {
@@ -228,7 +236,7 @@ pub(super) fn conv1d_backward(call: &mut Call, op: &ops::Conv1dBackward) -> Resu
     f32s(call, [op.dstate_in, op.dweight, op.dbias].into_iter().flatten())?;
     let x = op.projected.col_range(op.x_col, shape.channels_in)?;
     let dx = op.dprojected.col_range(op.x_col, shape.channels_in)?;
-    let (most_chunks, filters) = (chunks(tokens, table.rows, CONV_CHUNK), shape.filters());
+    let (most_chunks, filters) = (conv_chunks(tokens, table.rows), shape.filters());
     let sums = call.scratch(Slot::Partials, most_chunks, filters * (shape.width + 1))?;
     let parameters = (op.weight, op.bias);
     let kernel = conv_kernel(call, "backward", shape, &[x, op.dout, dx], parameters, [op.state_in, op.dstate_out])?;
@@ -284,15 +292,16 @@ struct ScanBlocks {
     of_run: usize,
 }
 
-fn gcd(a: usize, b: usize) -> usize {
+pub(super) fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
 impl ScanBlocks {
     fn new(call: &Call, inputs: &ops::ScanInputs) -> Result<Self> {
-        let (channels, quads) = (inputs.channels(), inputs.d_state().div_ceil(4).next_power_of_two());
-        if quads > LANES {
-            let what = format!("{} states a channel, more than {}", inputs.d_state(), 4 * LANES);
+        let quads = inputs.d_state().div_ceil(4).next_power_of_two().max(LEAST_QUADS);
+        let channels = inputs.channels();
+        if quads > MOST_QUADS {
+            let what = format!("{} states a channel, more than {}", inputs.d_state(), 4 * MOST_QUADS);
             return Err(Error::Unsupported { backend: "wgpu", op: call.op, what });
         }
         let run = gcd(channels / inputs.groups_b, channels / inputs.groups_c);
@@ -365,6 +374,32 @@ pub(super) fn selective_scan(call: &mut Call, op: &ops::SelectiveScan) -> Result
         .grid([blocks.of(inputs.channels()), table.rows, 1])
 }
 
+/// What the workgroups of the scan's backward leave to each other: first the sums of parameters, then parts of dB and of dC.
+pub(super) struct ScanSums {
+    /// Blocks of all channels, of a group of B, of a group of C.
+    total: usize,
+    of_b: usize,
+    of_c: usize,
+    /// Where the parts of dB and of dC start; 0 where a group is one block, which writes its gradient itself.
+    start_b: usize,
+    start_c: usize,
+    /// Values in all.
+    pub len: usize,
+}
+
+impl ScanSums {
+    pub fn new(call: &Call, inputs: &ops::ScanInputs) -> Result<Self> {
+        let (tokens, channels, d_state) = (inputs.u.rows, inputs.channels(), inputs.d_state());
+        let total = ScanBlocks::new(call, inputs)?.of(channels);
+        let [of_b, of_c] = [inputs.groups_b, inputs.groups_c].map(|groups| total / groups);
+        let parameters = inputs.segments.table.rows * channels * (d_state + 2);
+        let parts = |blocks: usize| if blocks > 1 { tokens * total * d_state } else { 0 };
+        let start_b = if of_b > 1 { parameters } else { 0 };
+        let start_c = if of_c > 1 { parameters + parts(of_b) } else { 0 };
+        Ok(ScanSums { total, of_b, of_c, start_b, start_c, len: parameters + parts(of_b) + parts(of_c) })
+    }
+}
+
 pub(super) fn selective_scan_backward(call: &mut Call, op: &ops::SelectiveScanBackward) -> Result<()> {
     let (inputs, table, tokens) = (&op.inputs, op.inputs.segments.table, op.inputs.u.rows);
     let (channels, d_state) = (inputs.channels(), inputs.d_state());
@@ -377,14 +412,8 @@ pub(super) fn selective_scan_backward(call: &mut Call, op: &ops::SelectiveScanBa
     let activations = [inputs.u, inputs.delta, inputs.projected, op.dout, op.du, op.ddelta, op.dprojected];
     let dtype = common(call, &activations)?;
 
-    // Where a group of B or of C is one block, that block writes its gradient itself.
-    let total = blocks.of(channels);
-    let [of_b, of_c] = [inputs.groups_b, inputs.groups_c].map(|groups| total / groups);
-    let parameters = table.rows * channels * (d_state + 2);
-    let parts = |blocks: usize| if blocks > 1 { tokens * total * d_state } else { 0 };
-    let start_b = if of_b > 1 { parameters } else { 0 };
-    let start_c = if of_c > 1 { parameters + parts(of_b) } else { 0 };
-    let sums = call.scratch(Slot::Partials, 1, parameters + parts(of_b) + parts(of_c))?;
+    let ScanSums { total, of_b, of_c, start_b, start_c, len } = ScanSums::new(call, inputs)?;
+    let sums = call.scratch(Slot::Partials, 1, len)?;
     call.dispatch(blocks.kernel(&shaders::SELECTIVE_SCAN_BACKWARD, "backward", &[dtype]))
         .read(table)
         .read(inputs.u)

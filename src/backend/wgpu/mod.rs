@@ -4,13 +4,15 @@
 //! - `memory`, `scratch`, `transfer`: buffers, the windows of them that a dispatch binds, values from and to the host.
 //! - `shaders`, `pipelines`: files of `shaders/` and the variants of them that are compiled, each once.
 //! - `call`, `recorder`: an op's views and sizes as a dispatch, and dispatches as submissions.
-//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each.
+//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each; `columns`: the
+//!   mixers where their matrices do not fit into a binding.
 //!
 //! A linear weight (`Order::Weight`) lies row after row. Sums are f32 in an order that the sizes fix; there are no
 //! atomics. Nothing waits but a read.
 
 mod adapter;
 mod call;
+mod columns;
 mod dense;
 mod elementwise;
 mod loss;
@@ -27,15 +29,18 @@ mod transfer;
 
 use std::sync::{Mutex, PoisonError};
 
+pub use adapter::Options;
 use adapter::{Abilities, Failure, Opened};
 use call::Call;
 use memory::Memory;
-use pipelines::Pipelines;
+use pipelines::{Access, Pipelines};
 pub use recorder::Counters;
 use recorder::Recorder;
 use scratch::{Scratch, Slot};
+use shaders::Kernel;
 use transfer::Stages;
 
+use super::cache::Cache;
 use super::{Backend, BackendInfo, BufferId, DType, Device, Error, HostSlice, Largest, Readback, Result, View, ops};
 
 /// Tokens between two states that the scan saves.
@@ -58,6 +63,37 @@ struct Gpu {
     recorder: Recorder,
     scratch: Scratch,
     stages: Stages,
+    /// The pipelines of the calls so far, where calls are planned and not made.
+    plan: Option<Vec<(Kernel, Access)>>,
+}
+
+/// An adapter of this machine.
+pub struct Adapter(::wgpu::Adapter);
+
+impl Adapter {
+    /// What it is, what it has and what it lacks.
+    pub fn describe(&self) -> String {
+        adapter::describe(&self.0)
+    }
+
+    /// Its device, kept from some of what it has; and the numbers of what is handed to it.
+    ///
+    /// # Errors
+    /// When its driver refuses.
+    pub fn open(&self, options: &Options) -> Result<(Device, Counters)> {
+        let gpu = Gpu::new(adapter::open(&self.0, options)?, options)?;
+        let counters = gpu.recorder.counters();
+        let dtypes = if gpu.abilities.f16 { vec![DType::F32, DType::F16] } else { vec![DType::F32] };
+        let info = BackendInfo {
+            name: "wgpu",
+            device: gpu.name.clone(),
+            dtypes,
+            activations: vec![DType::F32],
+            scan_chunk: SCAN_CHUNK,
+            batch_invariant: options.batch_invariant,
+        };
+        Ok((Device::new(Wgpu { info, gpu: Mutex::new(gpu) }), counters))
+    }
 }
 
 /// The device of the adapter that `WGPU_ADAPTER_NAME` names, or of the first real GPU, or of the first.
@@ -65,29 +101,15 @@ struct Gpu {
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
 pub fn device() -> Result<Device> {
-    device_with(u64::MAX).map(|(device, _)| device)
+    device_with(&Options::default()).map(|(device, _)| device)
 }
 
-/// [`device`] with a binding of at most `binding` bytes, if the adapter allows as much; and the numbers of what is handed
-/// to it.
+/// [`device`] kept from some of what its adapter has; and the numbers of what is handed to it.
 ///
 /// # Errors
 /// When there is no adapter, or it cannot be opened.
-pub fn device_with(binding: u64) -> Result<(Device, Counters)> {
-    let mut opened = adapter::open(&adapter::choose()?)?;
-    opened.abilities.binding = opened.abilities.binding.min(binding);
-    let gpu = Gpu::new(opened)?;
-    let counters = gpu.recorder.counters();
-    let dtypes = if gpu.abilities.f16 { vec![DType::F32, DType::F16] } else { vec![DType::F32] };
-    let info = BackendInfo {
-        name: "wgpu",
-        device: gpu.name.clone(),
-        dtypes,
-        activations: vec![DType::F32],
-        scan_chunk: SCAN_CHUNK,
-        batch_invariant: false,
-    };
-    Ok((Device::new(Wgpu { info, gpu: Mutex::new(gpu) }), counters))
+pub fn device_with(options: &Options) -> Result<(Device, Counters)> {
+    Adapter(adapter::choose()?).open(options)
 }
 
 /// The adapter that [`device`] would open, and whether it is a real GPU.
@@ -99,20 +121,22 @@ pub fn describe() -> Result<(String, bool)> {
     Ok((adapter::describe(&adapter), adapter::is_hardware(&adapter)))
 }
 
-/// Every adapter of this machine with what it has and lacks, real GPUs first.
-pub fn adapters() -> Vec<String> {
-    adapter::adapters().iter().map(adapter::describe).collect()
+/// Every adapter of this machine, real GPUs first.
+pub fn adapters() -> Vec<Adapter> {
+    adapter::adapters().into_iter().map(Adapter).collect()
 }
 
 impl Gpu {
-    fn new(opened: Opened) -> Result<Self> {
-        let Opened { device, queue, abilities, name, failure } = opened;
+    fn new(opened: Opened, options: &Options) -> Result<Self> {
+        let Opened { device, queue, abilities, name, failure, entry } = opened;
         let mut memory = Memory::new(&device, &name, abilities);
-        let pipelines = Pipelines::new(&device);
-        let recorder = Recorder::new(&device, &queue, &abilities, &memory, &pipelines)?;
+        let counters = Counters::default();
+        let folder = options.folder.as_deref().map_or_else(|| Cache::of_user("wgpu"), Cache::at);
+        let pipelines = Pipelines::new(&device, &abilities, (folder, entry), counters.clone());
+        let recorder = Recorder::new(&device, &queue, &abilities, &memory, &pipelines, counters)?;
         let scratch = Scratch::new(&mut memory)?;
         let stages = Stages::default();
-        Ok(Gpu { device, name, abilities, failure, memory, pipelines, recorder, scratch, stages })
+        Ok(Gpu { device, name, abilities, failure, memory, pipelines, recorder, scratch, stages, plan: None })
     }
 
     fn failed(&self, op: &'static str, what: String) -> Error {
@@ -179,13 +203,40 @@ impl Backend for Wgpu {
         self.gpu("read", |gpu| gpu.read(src))
     }
 
+    fn compile_ahead(
+        &self,
+        calls: &mut dyn FnMut() -> Result<()>,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<()> {
+        let scratch = self.gpu("compile_ahead", |gpu| {
+            gpu.plan = Some(Vec::new());
+            gpu.memory.planning = true;
+            Ok(gpu.scratch.take())
+        })?;
+        let result = calls();
+        self.gpu("compile_ahead", |gpu| {
+            gpu.memory.planning = false;
+            gpu.scratch.put_back(scratch, &mut gpu.memory);
+            let plan = gpu.plan.take().unwrap_or_default();
+            result.map(|()| gpu.pipelines.make_all(plan, progress))
+        })
+    }
+
+    fn start_clock(&self) -> Result<bool> {
+        self.gpu("clock", |gpu| Ok(gpu.recorder.start_clock()))
+    }
+
+    fn stop_clock(&self) -> Result<f64> {
+        self.gpu("clock", Gpu::stop_clock)
+    }
+
     calls! {
         dense: embed(Embed), embed_backward(EmbedBackward), rms_norm(RmsNorm), rms_norm_backward(RmsNormBackward);
         products: linear(Linear), linear_backward_input(LinearBackwardInput),
             linear_backward_weight(LinearBackwardWeight);
         elementwise: swiglu(Swiglu), swiglu_backward(SwigluBackward), rope(Rope), neg_exp(NegExp),
             neg_exp_backward(NegExpBackward);
-        mixers: attention(Attention), attention_backward(AttentionBackward), conv1d(Conv1d),
+        columns: attention(Attention), attention_backward(AttentionBackward), conv1d(Conv1d),
             conv1d_backward(Conv1dBackward), selective_scan(SelectiveScan),
             selective_scan_backward(SelectiveScanBackward);
         loss: head_loss(HeadLoss), head_loss_gradient(HeadLossGradient), argmax(Argmax), sample(Sample);

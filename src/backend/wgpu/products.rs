@@ -28,7 +28,8 @@ impl Product {
     fn dispatch(self, call: &mut Call) -> Result<()> {
         let Product { a, a_transposed, b, b_transposed, bias, c, add, k } = self;
         let tiles = |side: usize| c.rows.div_ceil(side) * c.cols.div_ceil(side);
-        let tile: usize = if tiles(128) >= MANY_TILES { 128 } else { 64 };
+        let large = tiles(128) >= MANY_TILES && !call.batch_invariant();
+        let tile: usize = if large { 128 } else { 64 };
         let types = [a.dtype, b.dtype, bias.map_or(DType::F32, |bias| bias.dtype), c.dtype];
         let kernel = shaders::PRODUCTS
             .kernel("product", &types)
@@ -62,7 +63,7 @@ pub(super) fn linear(call: &mut Call, op: &ops::Linear) -> Result<()> {
         for (first, count) in blocks(op.x.rows, tokens_at_once) {
             let x = op.x.row_range(first, count)?;
             let out = op.out.view.row_range(first, count)?.col_range(block.0, block.1)?;
-            if count <= FEW_ROWS {
+            if count <= FEW_ROWS && !call.batch_invariant() {
                 let types = [x.dtype, weight.dtype, bias.map_or(DType::F32, |bias| bias.dtype), out.dtype];
                 let kernel = shaders::GEMV.kernel("gemv", &types);
                 call.dispatch(kernel.with("ADD", op.out.add).with("BIAS", bias.is_some()))

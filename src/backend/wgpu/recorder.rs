@@ -17,7 +17,7 @@ const MOST_GROUPS: usize = 8192;
 
 /// What was handed to a device so far; clones count the same device.
 #[derive(Clone, Debug, Default)]
-pub struct Counters(Arc<[AtomicU64; 2]>);
+pub struct Counters(Arc<[AtomicU64; 3]>);
 
 impl Counters {
     /// Dispatches recorded.
@@ -28,6 +28,15 @@ impl Counters {
     /// Submissions to the queue.
     pub fn submissions(&self) -> u64 {
         self.0[1].load(Ordering::Relaxed)
+    }
+
+    /// Pipelines made.
+    pub fn pipelines(&self) -> u64 {
+        self.0[2].load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_pipeline(&self) {
+        self.count(2);
     }
 
     fn count(&self, which: usize) {
@@ -54,6 +63,15 @@ pub(super) struct Recorder {
     groups: HashMap<GroupKey, wgpu::BindGroup>,
     last: Option<wgpu::SubmissionIndex>,
     counters: Counters,
+    clock: Option<Clock>,
+}
+
+/// Two moments on the device.
+#[derive(Clone)]
+struct Clock {
+    moments: wgpu::QuerySet,
+    /// Their ticks, two u64.
+    ticks: wgpu::Buffer,
 }
 
 fn entry(binding: u32, window: &Window) -> wgpu::BindGroupEntry<'_> {
@@ -69,6 +87,7 @@ impl Recorder {
         abilities: &Abilities,
         memory: &Memory,
         pipelines: &Pipelines,
+        counters: Counters,
     ) -> Result<Self> {
         let block = PARAMETERS.next_multiple_of(abilities.alignment.1);
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
@@ -79,7 +98,15 @@ impl Recorder {
             layout: pipelines.parameters(),
             entries: &[wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(binding) }],
         });
+        let clock = || {
+            let descriptor = wgpu::QuerySetDescriptor { label: None, ty: wgpu::QueryType::Timestamp, count: 2 };
+            let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+            let moments = device.create_query_set(&descriptor);
+            memory.raw("ticks of a clock", 16, usage).map(|ticks| Clock { moments, ticks })
+        };
+        let clock = abilities.timestamps.then(clock).transpose()?;
         Ok(Recorder {
+            clock,
             device: device.clone(),
             queue: queue.clone(),
             pass: None,
@@ -90,7 +117,7 @@ impl Recorder {
             ring_group,
             groups: HashMap::new(),
             last: None,
-            counters: Counters::default(),
+            counters,
         })
     }
 
@@ -109,6 +136,32 @@ impl Recorder {
         self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
     }
 
+    fn pass(&mut self) -> &mut wgpu::ComputePass<'static> {
+        let pass = self.pass.take();
+        let pass = pass.unwrap_or_else(|| self.encoder().begin_compute_pass(&Default::default()).forget_lifetime());
+        self.pass.insert(pass)
+    }
+
+    /// Notes the moment at which everything recorded so far is done; false where the device cannot tell.
+    pub fn start_clock(&mut self) -> bool {
+        self.submit();
+        self.mark(0).is_some()
+    }
+
+    /// Notes the moment at which everything since is done: the ticks of both, and the nanoseconds of a tick.
+    pub fn stop_clock(&mut self) -> Option<(wgpu::Buffer, f32)> {
+        let Clock { moments, ticks } = self.mark(1)?;
+        self.pass = None;
+        self.encoder().resolve_query_set(&moments, 0..2, &ticks, 0);
+        Some((ticks, self.queue.get_timestamp_period()))
+    }
+
+    fn mark(&mut self, moment: u32) -> Option<Clock> {
+        let clock = self.clock.clone()?;
+        self.pass().write_timestamp(&clock.moments, moment);
+        Some(clock)
+    }
+
     /// Records a dispatch: its windows in the order of the bindings, its uniform block, its grid.
     pub fn dispatch(
         &mut self,
@@ -119,7 +172,7 @@ impl Recorder {
         block: &[u32],
         grid: [u32; 3],
     ) {
-        let key = GroupKey(access, windows.iter().map(|w| (w.id, w.start, w.size)).collect());
+        let key = GroupKey(access, windows.iter().map(|w| (w.id, w.place, w.size)).collect());
         if self.groups.len() > MOST_GROUPS {
             self.groups.clear();
         }
@@ -136,16 +189,12 @@ impl Recorder {
         let offset = self.blocks.len() as u32;
         self.blocks.extend_from_slice(bytemuck::cast_slice(block));
         self.blocks.resize(offset as usize + self.block as usize, 0);
-        if self.pass.is_none() {
-            let pass = self.encoder().begin_compute_pass(&Default::default()).forget_lifetime();
-            self.pass = Some(pass);
-        }
-        if let Some(pass) = &mut self.pass {
-            pass.set_pipeline(pipeline);
-            pass.set_bind_group(0, &group, &[]);
-            pass.set_bind_group(1, &self.ring_group, &[offset]);
-            pass.dispatch_workgroups(grid[0], grid[1], grid[2]);
-        }
+        let ring_group = self.ring_group.clone();
+        let pass = self.pass();
+        pass.set_pipeline(pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        pass.set_bind_group(1, &ring_group, &[offset]);
+        pass.dispatch_workgroups(grid[0], grid[1], grid[2]);
         self.counters.count(0);
         if self.blocks.len() as u64 >= self.block * MOST_DISPATCHES {
             self.submit();

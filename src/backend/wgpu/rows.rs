@@ -4,17 +4,20 @@ use super::call::{Call, blocks};
 use super::elementwise::{COLUMNS, grid, parts};
 use super::scratch::Slot;
 use super::shaders;
-use crate::backend::{DType, Result, View, ops};
+use crate::backend::{DType, Out, Result, View, ops};
 
 /// Rows that one workgroup of a sum over rows adds up.
 pub(super) const RUN: usize = 128;
 
 pub(super) fn copy(call: &mut Call, op: &ops::Copy) -> Result<()> {
-    for [src, out] in parts(call, [op.src, op.out.view])? {
-        let kernel = shaders::COPY.kernel("copy", &[src.dtype, out.dtype]).with("ADD", op.out.add);
-        call.dispatch(kernel).read(src).write(out).size(out.rows).size(out.cols).grid(grid(out))?;
-    }
-    Ok(())
+    let parts = parts(call, [op.src, op.out.view])?;
+    parts.into_iter().try_for_each(|[src, out]| copy_part(call, src, Out { view: out, ..op.out }))
+}
+
+/// Copies what bindings can show.
+pub(super) fn copy_part(call: &mut Call, src: View, Out { view: out, add }: Out) -> Result<()> {
+    let kernel = shaders::COPY.kernel("copy", &[src.dtype, out.dtype]).with("ADD", add);
+    call.dispatch(kernel).read(src).write(out).size(out.rows).size(out.cols).grid(grid(out))
 }
 
 pub(super) fn fill(call: &mut Call, op: &ops::Fill) -> Result<()> {
@@ -66,31 +69,49 @@ pub(super) fn gather(call: &mut Call, op: &ops::Gather) -> Result<()> {
 
 pub(super) fn scatter_add(call: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
     let dtype = call.dtype(&[op.src, op.out])?;
-    call.dispatch(shaders::SCATTER_ADD.kernel("scatter_add", &[dtype]))
-        .read(op.src)
-        .read(op.rows)
-        .write(op.out)
-        .size(op.src.rows)
-        .size(op.src.cols)
-        .size(op.out.rows)
-        .grid(grid(op.src))
+    call.check([op.src, op.rows, op.out])?;
+    for (row, n) in blocks(op.src.rows, call.rows_at_once(&[op.src])) {
+        let (src, rows) = (op.src.row_range(row, n)?, op.rows.col_range(row, n)?);
+        for (first, count) in blocks(op.out.rows, call.rows_at_once(&[op.out])) {
+            call.dispatch(shaders::SCATTER_ADD.kernel("scatter_add", &[dtype]))
+                .read(src)
+                .read(rows)
+                .write(op.out.row_range(first, count)?)
+                .size(n)
+                .size(src.cols)
+                .size(first)
+                .size(count)
+                .grid(grid(src))?;
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn page_write(call: &mut Call, op: &ops::PageWrite) -> Result<()> {
-    call.check([op.segments.positions])?;
-    call.dispatch(shaders::PAGE_WRITE.kernel("page_write", &[op.rows.dtype, op.out.dtype]))
-        .read(op.rows)
-        .read(op.segments.table)
-        .read(op.pages)
-        .write(op.out)
-        .size(op.rows.rows)
-        .size(op.rows.cols)
-        .size(op.segments.table.rows)
-        .size(op.pages.rows)
-        .size(op.pages.cols)
-        .size(op.page_size)
-        .size(op.out.rows)
-        .grid(grid(op.rows))
+    call.check([op.rows, op.segments.table, op.segments.positions, op.pages, op.out])?;
+    for (token, count) in blocks(op.rows.rows, call.rows_at_once(&[op.rows])) {
+        let rows = op.rows.row_range(token, count)?;
+        for (row, n) in blocks(op.out.rows, call.rows_at_once(&[op.out])) {
+            call.dispatch(shaders::PAGE_WRITE.kernel("page_write", &[rows.dtype, op.out.dtype]))
+                .read(rows)
+                .read(op.segments.table)
+                .read(op.pages)
+                .write(op.out.row_range(row, n)?)
+                .size(op.rows.rows)
+                .size(rows.cols)
+                .size(op.segments.table.rows)
+                .size(op.pages.rows)
+                .size(op.pages.cols)
+                .size(op.page_size)
+                .size(op.out.rows)
+                .size(token)
+                .size(count)
+                .size(row)
+                .size(n)
+                .grid(grid(rows))?;
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn weighted_sum(call: &mut Call, op: &ops::WeightedSum) -> Result<()> {

@@ -153,23 +153,94 @@ mod tests {
         if alias.starts_with("Any") { &[DType::F32, DType::F16, DType::U32] } else { &[DType::F32, DType::F16] }
     }
 
-    #[test]
-    fn every_shader_is_valid_in_every_type() {
-        for shader in ALL {
-            let mut variants = vec![Vec::new()];
-            for alias in shader.types {
-                let with = |types: &Vec<DType>, dtype| types.iter().copied().chain([dtype]).collect();
-                variants = variants.iter().flat_map(|v| choices(alias).iter().map(move |d| with(v, *d))).collect();
+    /// The values that the host gives to the numbers among a shader's constants, together.
+    fn numbers(shader: &str) -> &'static [&'static [(&'static str, u32)]] {
+        match shader {
+            "products" => &[&[("TILE", 64), ("INVOCATIONS", 64)], &[("TILE", 128), ("INVOCATIONS", 256)]],
+            "attention" => &[
+                &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64)],
+                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64)],
+                &[("WIDTH", 16), ("PARTS", 5), ("ROWS", 51)],
+            ],
+            "attention_backward" => &[
+                &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64), ("TILE", 16)],
+                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64), ("TILE", 8)],
+                &[("WIDTH", 16), ("PARTS", 16), ("ROWS", 16), ("TILE", 1)],
+            ],
+            "conv1d" => {
+                &[&[("WIDTH", 1), ("CHUNK", 32)], &[("WIDTH", 4), ("CHUNK", 32)], &[("WIDTH", 16), ("CHUNK", 32)]]
             }
-            for types in variants {
+            "selective_scan" | "selective_scan_backward" => &[
+                &[("QUADS", 2), ("CHANNELS", 32)],
+                &[("QUADS", 4), ("CHANNELS", 16)],
+                &[("QUADS", 16), ("CHANNELS", 4)],
+            ],
+            _ => &[&[]],
+        }
+    }
+
+    /// Every choice of one of several for each.
+    fn products<T: Copy>(choices: impl IntoIterator<Item = Vec<T>>) -> Vec<Vec<T>> {
+        let with = |all: Vec<Vec<T>>, of: Vec<T>| {
+            all.iter().flat_map(|one| of.iter().map(|&next| one.iter().copied().chain([next]).collect())).collect()
+        };
+        choices.into_iter().fold(vec![Vec::new()], with)
+    }
+
+    /// Sizes that every adapter that h1 runs on has: invocations of a workgroup, and bytes of its memory.
+    const INVOCATIONS: u32 = 256;
+    const WORKGROUP_BYTES: u32 = 32 << 10;
+
+    #[test]
+    fn every_shader_is_valid_in_every_variant() {
+        use naga::valid::{Capabilities, ValidationFlags, Validator};
+        let mut too_large = Vec::new();
+        for shader in ALL {
+            for types in products(shader.types.iter().map(|alias| choices(alias).to_vec())) {
                 let source = shader.source(&types);
                 let module = naga::front::wgsl::parse_str(&source)
                     .unwrap_or_else(|e| panic!("{} {types:?}: {}", shader.name, e.emit_to_string(&source)));
-                let mut validator =
-                    naga::valid::Validator::new(naga::valid::ValidationFlags::all(), naga::valid::Capabilities::all());
-                let valid = validator.validate(&module);
-                assert!(valid.is_ok(), "{} {types:?}: {:?}", shader.name, valid.err());
+                let valid = Validator::new(ValidationFlags::all(), Capabilities::all()).validate(&module);
+                let info = valid.unwrap_or_else(|e| panic!("{} {types:?}: {e:?}", shader.name));
+                // Constants are of no type: one of each suffices.
+                if types.windows(2).all(|two| two[0] == two[1]) {
+                    too_large.extend(every_variant_is_valid(shader, &module, &info));
+                }
             }
         }
+        assert!(too_large.is_empty(), "{}", too_large.join("\n"));
+    }
+
+    /// Gives the variants that ask for more than those sizes.
+    fn every_variant_is_valid(shader: &Shader, module: &naga::Module, info: &naga::valid::ModuleInfo) -> Vec<String> {
+        let flags = module.overrides.iter().filter_map(|(_, constant)| {
+            // One without a name is an expression of others.
+            let name = constant.name.as_deref()?;
+            let flag = module.types[constant.ty].inner == naga::TypeInner::Scalar(naga::Scalar::BOOL);
+            let given = numbers(shader.name)[0].iter().any(|(number, _)| *number == name);
+            assert!(flag || given, "{}: which values has {name}?", shader.name);
+            flag.then(|| vec![(name, 0.0), (name, 1.0)])
+        });
+        let mut too_large = Vec::new();
+        for (flags, numbers) in products(flags).iter().flat_map(|f| numbers(shader.name).iter().map(move |n| (f, n))) {
+            let numbers = numbers.iter().map(|&(name, value)| (name, f64::from(value)));
+            let constants =
+                flags.iter().copied().chain(numbers).map(|(name, value)| (name.to_owned(), value)).collect();
+            for entry in &module.entry_points {
+                let stage = Some((entry.stage, entry.name.as_str()));
+                let made = naga::back::pipeline_constants::process_overrides(module, info, stage, &constants);
+                let (made, info) = made.unwrap_or_else(|e| panic!("{} {constants:?}: {e:?}", shader.name));
+                let [x, y, z] = made.entry_points[0].workgroup_size;
+                let shared = made.global_variables.iter().filter(|(handle, variable)| {
+                    variable.space == naga::AddressSpace::WorkGroup && !info.get_entry_point(0)[*handle].is_empty()
+                });
+                let bytes: u32 = shared.map(|(_, v)| made.types[v.ty].inner.size(made.to_ctx())).sum();
+                if x * y * z > INVOCATIONS || bytes > WORKGROUP_BYTES {
+                    let name = &entry.name;
+                    too_large.push(format!("{} {name} {constants:?}: {x}×{y}×{z}, {bytes} bytes", shader.name));
+                }
+            }
+        }
+        too_large
     }
 }

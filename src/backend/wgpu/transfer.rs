@@ -34,8 +34,8 @@ fn bytes(src: HostSlice<'_>, dtype: DType) -> Vec<u8> {
 impl Gpu {
     /// Row-major values of the host into a view; the padding of a weight becomes 0.
     pub fn write(&mut self, src: HostSlice<'_>, dst: View) -> Result<()> {
-        let raw = self.memory.buffer(dst)?.clone();
-        if dst.is_empty() {
+        self.memory.check(dst)?;
+        if dst.is_empty() || self.plan.is_some() {
             return Ok(());
         }
         let (size, row) = (dst.dtype.size(), dst.cols * dst.dtype.size());
@@ -51,71 +51,107 @@ impl Gpu {
             // A queue writes whole words: a half value at either end goes with its neighbour.
             if !offset.is_multiple_of(4) {
                 let (first, rest) = run.split_at(2.min(run.len()));
-                self.half_word(&raw, offset, first)?;
+                self.half_word(dst, offset, first)?;
                 (offset, run) = (offset + 2, rest);
             }
             let (words, last) = run.split_at(run.len() / 4 * 4);
-            for (part, values) in words.chunks(PART).enumerate() {
-                self.recorder.write(&raw, (offset + part * PART) as u64, values);
-            }
+            self.write_words(dst, offset, words)?;
             if !last.is_empty() {
-                self.half_word(&raw, offset + words.len(), last)?;
+                self.half_word(dst, offset + words.len(), last)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Whole words into the buffer of a view, `offset` bytes from its start.
+    fn write_words(&mut self, dst: View, offset: usize, mut words: &[u8]) -> Result<()> {
+        for (raw, start, count) in self.memory.runs(dst, offset..offset + words.len(), PART)? {
+            let (run, rest) = words.split_at(count);
+            self.recorder.write(&raw, start, run);
+            words = rest;
         }
         Ok(())
     }
 
     /// Two bytes inside a word whose other half stays.
-    fn half_word(&mut self, raw: &wgpu::Buffer, offset: usize, half: &[u8]) -> Result<()> {
+    fn half_word(&mut self, dst: View, offset: usize, half: &[u8]) -> Result<()> {
         let word = offset / 4 * 4;
-        let mut bytes = self.start(raw, word as u64, 4)?.bytes()?;
+        let mut bytes = self.start(dst, word, word + 4)?.bytes()?;
         bytes[offset - word..][..half.len()].copy_from_slice(half);
-        self.recorder.write(raw, word as u64, &bytes);
-        Ok(())
+        self.write_words(dst, word, &bytes)
     }
 
-    /// Starts to read bytes; offset and length are multiples of 4.
-    fn start(&mut self, raw: &wgpu::Buffer, offset: u64, len: u64) -> Result<Reading> {
-        let large_enough = |stage: &wgpu::Buffer| stage.size() >= len;
-        let mut kept = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
-        let stage = kept.iter().position(large_enough).map(|i| kept.swap_remove(i));
-        drop(kept);
-        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let stage = stage.map_or_else(|| self.memory.raw("values to read", len.next_power_of_two(), usage), Ok)?;
-        self.recorder.copy((raw, offset), (&stage, 0), len);
+    /// Starts to read bytes `first..end` of the buffer of a view, multiples of 4.
+    fn start(&mut self, src: View, first: usize, end: usize) -> Result<Reading> {
+        let runs = self.memory.runs(src, first..end, usize::MAX)?;
+        self.start_runs(runs)
+    }
+
+    /// Starts to read bytes of raw buffers.
+    fn start_runs(&mut self, runs: Vec<(wgpu::Buffer, u64, usize)>) -> Result<Reading> {
+        let mut stages = Vec::new();
+        for (raw, start, count) in runs {
+            let stage = self.stage(count as u64)?;
+            self.recorder.copy((&raw, start), (&stage, 0), count as u64);
+            stages.push((stage, count as u64));
+        }
         self.recorder.submit();
-        let (done, mapped) = mpsc::channel();
-        stage.slice(..len).map_async(wgpu::MapMode::Read, move |result| {
-            // Nobody listens where the reader was dropped.
-            let _ = done.send(result.is_ok());
+        let stages = stages.into_iter().map(|(stage, len)| {
+            let (done, mapped) = mpsc::channel();
+            stage.slice(..len).map_async(wgpu::MapMode::Read, move |result| {
+                // Nobody listens where the reader was dropped.
+                let _ = done.send(result.is_ok());
+            });
+            Stage { raw: stage, len, mapped }
         });
         Ok(Reading {
+            stages: stages.collect(),
             device: self.device.clone(),
             name: self.name.clone(),
             failure: self.failure.clone(),
             submission: self.recorder.last(),
-            stage,
-            len,
-            mapped,
-            stages: self.stages.clone(),
+            kept: self.stages.clone(),
         })
+    }
+
+    /// A buffer of at least so many bytes that the host can read: one that was kept, or a new one.
+    fn stage(&self, len: u64) -> Result<wgpu::Buffer> {
+        let mut kept = self.stages.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = kept.iter().position(|stage| stage.size() >= len).map(|i| kept.swap_remove(i));
+        drop(kept);
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let bytes = len.next_power_of_two().min(self.abilities.buffer);
+        found.map_or_else(|| self.memory.raw("values to read", bytes, usage), Ok)
     }
 
     /// Starts to read the values of a view, row-major.
     pub fn read(&mut self, src: View) -> Result<Readback> {
-        let raw = self.memory.buffer(src)?.clone();
-        if src.is_empty() {
-            return Ok(Readback::new(|| Ok(Vec::new())));
+        self.memory.check(src)?;
+        if src.is_empty() || self.plan.is_some() {
+            return Ok(Readback::new(move || Ok(vec![0.0; src.len()])));
         }
         let (span, size) = (src.span(), src.dtype.size());
         let (first, end) = (span.start * size / 4 * 4, (span.end * size).next_multiple_of(4));
-        let reading = self.start(&raw, first as u64, (end - first) as u64)?;
+        let reading = self.start(src, first, end)?;
         Ok(Readback::new(move || {
             let bytes = reading.bytes()?;
             let start = span.start * size - first;
             let rows = (0..src.rows).map(|row| &bytes[start + row * src.stride * size..][..src.cols * size]);
             Ok(rows.flat_map(|row| row.chunks_exact(size).map(|value| decode(value, src.dtype))).collect())
         }))
+    }
+}
+
+impl Gpu {
+    /// Stops the recorder's clock; seconds since its start.
+    pub fn stop_clock(&mut self) -> Result<f64> {
+        let Some((ticks, nanoseconds)) = self.recorder.stop_clock() else {
+            return Err(self.failed("clock", "the device gives no times".into()));
+        };
+        let bytes = self.start_runs(vec![(ticks, 0, 16)])?.bytes()?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let [start, end] = [0, 1].map(|i| words.get(i).copied().map_or(0, u64::from_le_bytes));
+        Ok(end.saturating_sub(start) as f64 * f64::from(nanoseconds) * 1e-9)
     }
 }
 
@@ -128,16 +164,21 @@ fn decode(value: &[u8], dtype: DType) -> f32 {
     }
 }
 
-/// A read under way.
+/// A buffer that the host waits for.
+struct Stage {
+    raw: wgpu::Buffer,
+    len: u64,
+    mapped: mpsc::Receiver<bool>,
+}
+
+/// A read under way: stages with the values one after the other.
 struct Reading {
+    stages: Vec<Stage>,
     device: wgpu::Device,
     name: String,
     failure: super::adapter::Failure,
     submission: Option<wgpu::SubmissionIndex>,
-    stage: wgpu::Buffer,
-    len: u64,
-    mapped: mpsc::Receiver<bool>,
-    stages: Stages,
+    kept: Stages,
 }
 
 impl Reading {
@@ -149,15 +190,18 @@ impl Reading {
             return Err(failed(what));
         }
         wait.map_err(|error| failed(error.to_string()))?;
-        if !self.mapped.recv().unwrap_or(false) {
-            return Err(failed("the device gave no values".into()));
+        let mut bytes = Vec::with_capacity(self.stages.iter().map(|stage| stage.len as usize).sum());
+        for Stage { raw, len, mapped } in self.stages {
+            if !mapped.recv().unwrap_or(false) {
+                return Err(failed("the device gave no values".into()));
+            }
+            match raw.slice(..len).get_mapped_range() {
+                Ok(range) => bytes.extend_from_slice(&range),
+                Err(error) => return Err(failed(error.to_string())),
+            }
+            raw.unmap();
+            self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(raw);
         }
-        let bytes = match self.stage.slice(..self.len).get_mapped_range() {
-            Ok(range) => range.to_vec(),
-            Err(error) => return Err(failed(error.to_string())),
-        };
-        self.stage.unmap();
-        self.stages.lock().unwrap_or_else(PoisonError::into_inner).push(self.stage);
         Ok(bytes)
     }
 }

@@ -12,16 +12,15 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// The folder `h1/cuda` of the user's cache.
-    pub fn of_user() -> Self {
+    /// The folder `h1/KIND` of the user's cache.
+    pub fn of_user(kind: &str) -> Self {
         let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let folder =
             set("XDG_CACHE_HOME").filter(|path| path.is_absolute()).or_else(|| Some(set("HOME")?.join(".cache")));
-        Cache { folder: folder.map(|folder| folder.join("h1/cuda")) }
+        Cache { folder: folder.map(|folder| folder.join("h1").join(kind)) }
     }
 
     /// A folder of its own.
-    #[cfg(test)]
     pub fn at(folder: &Path) -> Self {
         Cache { folder: Some(folder.into()) }
     }
