@@ -39,6 +39,23 @@ def P(t):
 I, L, FL = ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
 
+class TensorMap:
+    """The tensor map of [rows, heads * size] 16-bit values and a box of rows, heads and 64 columns."""
+
+    def __init__(self, t, heads, box_heads, box_rows, rows=None):
+        rows, size, row_bytes = rows or t.shape[0], t.shape[1] // heads, t.stride(0) * 2
+        self.room = ctypes.create_string_buffer(192)
+        self.at = ctypes.addressof(self.room) + -ctypes.addressof(self.room) % 64
+        if args.emulate:
+            words = [t.data_ptr(), row_bytes, size * 2, size, heads, rows, box_heads, box_rows]
+            (ctypes.c_ulonglong * 8).from_address(self.at)[:] = words
+            return
+        longs, ints = ctypes.c_ulonglong * 3, ctypes.c_uint * 3
+        rc = ENGINE.cu.cuTensorMapEncodeTiled(ctypes.c_void_p(self.at), 1, 3, ctypes.c_void_p(t.data_ptr()), longs(size, heads, rows), longs(size * 2, row_bytes),
+                                              ints(64, box_heads, box_rows), ints(1, 1, 1), 0, 3, 3, 0)
+        assert rc == 0, f"cuTensorMapEncodeTiled: {rc}"
+
+
 class Cuda:
     def __init__(self):
         torch.cuda.init()
@@ -91,7 +108,7 @@ class Cuda:
             if shared > 48 * 1024:
                 rc = self.cu.cuFuncSetAttribute(function, 8, shared)
                 assert rc == 0, f"{entry}: {shared} bytes of shared memory: {rc}"
-            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
             grid, block = list(grid) + [1] * (3 - len(grid)), list(block) + [1] * (3 - len(block))
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             rc = self.cu.cuLaunchKernel(function, *grid, *block, shared, stream, ptrs, None)
@@ -128,7 +145,7 @@ class Emulated:
         function.restype = ctypes.c_char_p
 
         def launch(grid, block, shared, arguments):
-            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
             g = (ctypes.c_uint * 3)(*(list(grid) + [1] * (3 - len(grid))))
             b = (ctypes.c_uint * 3)(*(list(block) + [1] * (3 - len(block))))
             error = function(ptrs, g, b, ctypes.c_size_t(shared), ctypes.c_uint(args.order))
@@ -424,6 +441,26 @@ class Attention:
         run.info = k.info
         return run
 
+    def wgmma(self, **more):
+        d = dict(T_X=CTYPE[self.dtype], HEAD_DIM=self.hd, **(WGMMA[self.hd] | more))
+        k = kernel("attention_wgmma.cu", "attention_wgmma", **d)
+        rows, keys = 64 * d["CONSUMERS"], d.get("KEYS_A_SLOT", 128)
+        queries = rows // self.group
+        tiles = self.t // queries + len(self.lengths)
+        together = max(1, min(self.kv, (32 << 20) // (self.kk.shape[0] * self.hd * 4)))
+        self.counter = torch.zeros(1, dtype=torch.int32, device=DEV)
+        maps = [TensorMap(self.q, self.heads, self.group, queries)] + [TensorMap(x, self.kv, 1, self.page_size or keys) for x in (self.kk, self.vv)]
+        a = maps + self.keys()[2:] + [P(self.table), I(len(self.lengths)), L(self.t), I(self.kv), I(self.group), I(tiles), I(together), FL(self.scale), L(self.window),
+                                      P(self.counter), R(self.out), R(self.lse)]
+        shared = (rows + d["SLOTS"] * keys) * self.hd * 2 + 1024
+
+        def run():
+            self.counter.zero_()
+            k((min(MULTIPROCESSORS, tiles * self.kv),), (rows * 2 + 128,), shared, a)
+
+        run.info = k.info
+        return run
+
     def backward_inputs(self):
         return [R(self.q), R(self.k), R(self.v), L(self.k.shape[0]), P(self.table), I(len(self.lengths)), L(self.t), I(self.heads), I(self.group), FL(self.scale), L(self.window),
                 R(self.lse), P(self.delta), R(self.dout)]
@@ -475,6 +512,10 @@ class Attention:
         return out, lse, q.grad, k.grad, v.grad
 
 
+WGMMA = {64: dict(CONSUMERS=3, SLOTS=5), 128: dict(CONSUMERS=2, SLOTS=5)}
+MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
+
+
 def MMA_DQ_SHARED(hd):
     return (2 * 128 + 2 * 2 * 64) * hd * 2
 
@@ -503,6 +544,10 @@ def attention():
         a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
         a.mma(*shape)()
         check(name + "mma out", a.out, out, tol); check(name + "mma lse", a.lse, lse, 1e-4)
+        if page % 8 == 0:
+            a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
+            a.wgmma()()
+            check(name + "wgmma out", a.out, out, tol); check(name + "wgmma lse", a.lse, lse, 1e-4)
         if page:
             continue
         backwards = ["plain"] + (["mma"] if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")) else [])
