@@ -465,7 +465,7 @@ class Attention:
         return [R(self.q), R(self.k), R(self.v), L(self.k.shape[0]), P(self.table), I(len(self.lengths)), L(self.t), I(self.heads), I(self.group), FL(self.scale), L(self.window),
                 R(self.lse), P(self.delta), R(self.dout)]
 
-    def backward(self, mma):
+    def backward(self, path):
         x = CTYPE[self.dtype]
         self.delta = torch.empty(self.t, self.heads, device=DEV)
         self.dq, self.dk, self.dv = (torch.full_like(y, float("nan")) for y in (self.q, self.k, self.v))
@@ -473,7 +473,9 @@ class Attention:
         kd = kernel("attention_backward.cu", "attention_delta", **d)
         ad = [R(self.out), R(self.dout), L(self.t), I(self.heads), P(self.delta)]
         a = self.backward_inputs()
-        if mma:
+        if path == "wgmma":
+            return self.backward_wgmma(lambda: kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad))
+        if path == "mma":
             m = dict(T_X=x, HEAD_DIM=self.hd)
             kq, kkv = kernel("attention_backward_mma.cu", "attention_dq_mma", **m), kernel("attention_backward_mma.cu", "attention_dkv_mma", **m)
             queries = 128 // self.group
@@ -494,6 +496,28 @@ class Attention:
             run.info = lambda: None
         return run
 
+    def backward_wgmma(self, make_delta, **more):
+        d = dict(T_X=CTYPE[self.dtype], HEAD_DIM=self.hd, **(BACKWARD_WGMMA[self.hd] | more))
+        kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", **d) for name in ("dq", "dkv"))
+        rows, query_rows, keys, dq_keys = 128, d.get("QUERY_ROWS", 64), 128, d.get("DQ_KEYS", 128)
+        maps = lambda rows, keys: [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, keys) for x in (self.k, self.v)] + [
+            TensorMap(self.dout, self.heads, self.group, rows // self.group)]
+        rest = self.backward_inputs()[3:-1]
+        aq, akv = maps(rows, dq_keys) + rest + [R(self.dq)], maps(query_rows, keys) + rest + [R(self.dk), R(self.dv)]
+        tiles, key_tiles = self.t // (rows // self.group) + len(self.lengths), self.k.shape[0] // keys + len(self.lengths)
+        dq_shared = (2 * rows + d["SLOTS"] * dq_keys) * self.hd * 2 + 1024
+        dkv_shared = (2 * keys + d["STAGES"] * 2 * query_rows) * self.hd * 2 + d["STAGES"] * 8 * query_rows + 1024
+
+        def run(dq=True, dkv=True):
+            make_delta()
+            if dq:
+                kq((self.kv, tiles), (384,), dq_shared, aq)
+            if dkv:
+                kkv((self.kv, key_tiles), (384,), dkv_shared, akv)
+
+        run.info = lambda: (kq.info(), kkv.info())
+        return run
+
     def reference(self):
         f = lambda t: t.double().detach().requires_grad_()
         q, k, v = f(self.q), f(self.k), f(self.v)
@@ -512,7 +536,8 @@ class Attention:
         return out, lse, q.grad, k.grad, v.grad
 
 
-WGMMA = {64: dict(CONSUMERS=3, SLOTS=5), 128: dict(CONSUMERS=2, SLOTS=5)}
+WGMMA = {64: dict(CONSUMERS=3, SLOTS=5), 128: dict(CONSUMERS=3, SLOTS=6, KEYS_A_SLOT=80)}
+BACKWARD_WGMMA = {64: dict(STAGES=4, SLOTS=4), 128: dict(STAGES=4, SLOTS=4)}
 MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
 
 
@@ -550,9 +575,8 @@ def attention():
             check(name + "wgmma out", a.out, out, tol); check(name + "wgmma lse", a.lse, lse, 1e-4)
         if page:
             continue
-        backwards = ["plain"] + (["mma"] if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")) else [])
-        for path in backwards:
-            a.backward(path == "mma")()
+        for path in ("plain", "mma", "wgmma"):
+            a.backward(path)()
             for n, g, r in (("dq", a.dq, dq), ("dk", a.dk, dk), ("dv", a.dv, dv)):
                 check(name + path + " " + n, g, r, 2 * tol)
     if args.emulate:
@@ -568,7 +592,7 @@ def attention():
         run = a.mma(); us = time_us(run, 5)
         print(f"  {t} tokens, {heads}/{kv} × {hd}: h1 forward {show(us)}  {run.info()}", flush=True)
         if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")):
-            run = a.backward(True); us = time_us(run, 3)
+            run = a.backward("mma"); us = time_us(run, 3)
             print(f"    h1 backward {show(us, 5)}  {run.info()}", flush=True)
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             try:
@@ -609,7 +633,7 @@ def profile(what):
         a = Attention([16384], [0], 32, 8, 128, torch.bfloat16)
         run = a.mma()
         if what == "attention_backward":
-            run(); run = a.backward(True)
+            run(); run = a.backward("mma")
     elif what == "decode":
         run = Attention([1] * 16, [8191] * 16, 32, 8, 128, torch.bfloat16, 0, 16).mma(1, 1, 8)
     for _ in range(3):

@@ -216,8 +216,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             at = of_v;
             at.next();
             pack_fragments(p, scores);
+#ifdef LAZY
+            if (__any_sync(WHOLE_WARP, correction[0] != 1.0f || correction[1] != 1.0f))
+#endif
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; ++i) total[i] *= correction[i / 2 % 2];
+                for (int i = 0; i < HEAD_DIM / 2; ++i) total[i] *= correction[i / 2 % 2];
         }
         if (lane == 0) barrier_arrive(q_empty);
         barrier_wait(full + 8 * at.slot, at.parity);

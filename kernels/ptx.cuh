@@ -378,13 +378,15 @@ H1_DEVICE void keep(float (&c)[N]) {
 #define H1_F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define H1_F16(c, i) H1_F4(c, i), H1_F4(c, i + 4), H1_F4(c, i + 8), H1_F4(c, i + 12)
 #define H1_REGISTERS_32 H1_F16(c, 0), H1_F16(c, 16)
+#define H1_REGISTERS_40 H1_REGISTERS_32, H1_F4(c, 32), H1_F4(c, 36)
 #define H1_REGISTERS_64 H1_REGISTERS_32, H1_F16(c, 32), H1_F16(c, 48)
 #define H1_LIST_32                                                                                                  \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define H1_LIST_40 H1_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define H1_LIST_64                                                                                                  \
-    H1_LIST_32 ", "                                                                                                 \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    H1_LIST_40 ", "                                                                                                 \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
     "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #ifdef __CUDACC__
 #define H1_PRODUCT(type, n, half, list, registers, i0, i1, i2, i3, i4, i5, i6)                                      \
@@ -416,6 +418,8 @@ H1_DEVICE void keep(float (&c)[N]) {
     }
 #endif
 H1_PRODUCT(bf16, 64, 32, H1_LIST_32, H1_REGISTERS_32, 32, 33, 34, 35, 36, 37, 38)
+H1_PRODUCT(bf16, 80, 40, H1_LIST_40, H1_REGISTERS_40, 40, 41, 42, 43, 44, 45, 46)
 H1_PRODUCT(bf16, 128, 64, H1_LIST_64, H1_REGISTERS_64, 64, 65, 66, 67, 68, 69, 70)
 H1_PRODUCT(f16, 64, 32, H1_LIST_32, H1_REGISTERS_32, 32, 33, 34, 35, 36, 37, 38)
+H1_PRODUCT(f16, 80, 40, H1_LIST_40, H1_REGISTERS_40, 40, 41, 42, 43, 44, 45, 46)
 H1_PRODUCT(f16, 128, 64, H1_LIST_64, H1_REGISTERS_64, 64, 65, 66, 67, 68, 69, 70)
