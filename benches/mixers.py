@@ -441,22 +441,21 @@ class Attention:
         run.info = k.info
         return run
 
-    def wgmma(self, **more):
-        d = dict(T_X=CTYPE[self.dtype], HEAD_DIM=self.hd, **(WGMMA[self.hd] | more))
-        k = kernel("attention_wgmma.cu", "attention_wgmma", **d)
-        rows, keys = 64 * d["CONSUMERS"], d.get("KEYS_A_SLOT", 128)
-        queries = rows // self.group
-        tiles = self.t // queries + len(self.lengths)
+    def wgmma(self):
+        k = kernel("attention_wgmma.cu", "attention_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd)
+        rows, keys, slots = 192, 128 if self.hd == 64 else 80, 8
+        tiles = self.t // (rows // self.group) + len(self.lengths)
         together = max(1, min(self.kv, (32 << 20) // (self.kk.shape[0] * self.hd * 4)))
         self.counter = torch.zeros(1, dtype=torch.int32, device=DEV)
-        maps = [TensorMap(self.q, self.heads, self.group, queries)] + [TensorMap(x, self.kv, 1, self.page_size or keys) for x in (self.kk, self.vv)]
-        a = maps + self.keys()[2:] + [P(self.table), I(len(self.lengths)), L(self.t), I(self.kv), I(self.group), I(tiles), I(together), FL(self.scale), L(self.window),
-                                      P(self.counter), R(self.out), R(self.lse)]
-        shared = (rows + d["SLOTS"] * keys) * self.hd * 2 + 1024
+        page, box = max(1, self.page_size), math.gcd(self.page_size, keys)
+        maps = [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, box) for x in (self.kk, self.vv)]
+        table = [P(self.pages)] + [I(n) for n in (self.pages.shape if page > 1 else (0, 0))]
+        a = maps + [I(self.kk.shape[0])] + table + [I(self.kk.shape[0] // page), I(page), I(box), P(self.table), I(len(self.lengths)), L(self.t), I(self.kv), I(self.group),
+                                                    I(tiles), I(together), FL(self.scale), L(self.window), P(self.counter), R(self.out), R(self.lse)]
 
         def run():
             self.counter.zero_()
-            k((min(MULTIPROCESSORS, tiles * self.kv),), (rows * 2 + 128,), shared, a)
+            k((min(MULTIPROCESSORS, tiles * self.kv),), (512,), (rows + slots * keys) * self.hd * 2 + 1024, a)
 
         run.info = k.info
         return run
@@ -496,24 +495,22 @@ class Attention:
             run.info = lambda: None
         return run
 
-    def backward_wgmma(self, make_delta, **more):
-        d = dict(T_X=CTYPE[self.dtype], HEAD_DIM=self.hd, **(BACKWARD_WGMMA[self.hd] | more))
-        kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", **d) for name in ("dq", "dkv"))
-        rows, query_rows, keys, dq_keys = 128, d.get("QUERY_ROWS", 64), 128, d.get("DQ_KEYS", 128)
+    def backward_wgmma(self, make_delta):
+        kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd) for name in ("dq", "dkv"))
+        rows, dq_keys, slots, query_rows, keys, stages = (192, 80, 8, 64, 192, 6) if self.hd == 64 else (192, 64, 8, 64, 128, 4)
         maps = lambda rows, keys: [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, keys) for x in (self.k, self.v)] + [
             TensorMap(self.dout, self.heads, self.group, rows // self.group)]
         rest = self.backward_inputs()[3:-1]
         aq, akv = maps(rows, dq_keys) + rest + [R(self.dq)], maps(query_rows, keys) + rest + [R(self.dk), R(self.dv)]
         tiles, key_tiles = self.t // (rows // self.group) + len(self.lengths), self.k.shape[0] // keys + len(self.lengths)
-        dq_shared = (2 * rows + d["SLOTS"] * dq_keys) * self.hd * 2 + 1024
-        dkv_shared = (2 * keys + d["STAGES"] * 2 * query_rows) * self.hd * 2 + d["STAGES"] * 8 * query_rows + 1024
 
-        def run(dq=True, dkv=True):
-            make_delta()
-            if dq:
-                kq((self.kv, tiles), (384,), dq_shared, aq)
-            if dkv:
-                kkv((self.kv, key_tiles), (384,), dkv_shared, akv)
+        def run(parts="delta dq dkv"):
+            if "delta" in parts:
+                make_delta()
+            if "dq" in parts:
+                kq((self.kv, tiles), (512,), (2 * rows + slots * dq_keys) * self.hd * 2 + 1024, aq)
+            if "dkv" in parts:
+                kkv((self.kv, key_tiles), (keys * 2 + 128,), (2 * keys + stages * 2 * query_rows) * self.hd * 2 + stages * 8 * query_rows + 1024, akv)
 
         run.info = lambda: (kq.info(), kkv.info())
         return run
@@ -536,8 +533,9 @@ class Attention:
         return out, lse, q.grad, k.grad, v.grad
 
 
-WGMMA = {64: dict(CONSUMERS=3, SLOTS=5), 128: dict(CONSUMERS=3, SLOTS=6, KEYS_A_SLOT=80)}
-BACKWARD_WGMMA = {64: dict(STAGES=4, SLOTS=4), 128: dict(STAGES=4, SLOTS=4)}
+BACKWARD_MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
+
+
 MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
 
 
@@ -583,17 +581,17 @@ def attention():
         return
     print("attention: times, causal, TFLOP/s by 2 (forward) and 5 (backward) products of half the square")
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    for t, heads, kv, hd in ((16384, 32, 8, 128), (4096, 32, 8, 128), (16384, 32, 8, 64)):
+    for t, heads, kv, hd in ((16384, 32, 8, 128), (4096, 32, 8, 128), (16384, 32, 8, 64), (4096, 32, 8, 64)):
         if args.quick and (t, hd) != (16384, 128):
             continue
         a = Attention([t], [0], heads, kv, hd, torch.bfloat16)
         flop = 2 * 2 * t * t / 2 * heads * hd
         show = lambda us, n=2: f"{us:8.0f} µs {flop * n / 2 / us / 1e6:6.0f}"
-        run = a.mma(); us = time_us(run, 5)
-        print(f"  {t} tokens, {heads}/{kv} × {hd}: h1 forward {show(us)}  {run.info()}", flush=True)
-        if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")):
-            run = a.backward("mma"); us = time_us(run, 3)
-            print(f"    h1 backward {show(us, 5)}  {run.info()}", flush=True)
+        print(f"  {t} tokens, {heads}/{kv} × {hd}:")
+        for path in ("mma", "wgmma"):
+            run = getattr(a, path)(); us = time_us(run, 5)
+            back = a.backward(path); back_us = time_us(back, 3)
+            print(f"    {path:5} forward {show(us)}  backward {show(back_us, 5)}  {run.info()} {back.info()}", flush=True)
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             try:
                 with sdpa_kernel(backend):

@@ -26,6 +26,12 @@ H1_DEVICE void product(float (&c)[N], unsigned long long a, unsigned long long b
     product_f16<A_TURNED, B_TURNED>(c, a, b, add);
 }
 
+// Writes 0 to a row of a tile.
+H1_DEVICE void clear_row(SharedAddress row) {
+#pragma unroll
+    for (int i = 0; i < ROW_BYTES; i += 16) store_shared(row + i, 0u, 0u, 0u, 0u);
+}
+
 // A tile's rows from an address on as a factor whose inner index runs along them: step d has 16 columns.
 template <int TILE_ROWS>
 struct Along {
@@ -51,12 +57,12 @@ H1_DEVICE void multiply_rows(float (&c)[N], SharedAddress a, SharedAddress b) {
     for (int d = 0; d < HEAD_DIM / 16; ++d) product<false, false>(c, of_a.step(d), of_b.step(d), d > 0, T_X{});
 }
 
-// c (+)= a·b of fragments and a tile's rows.
+// c += a·b of fragments and a tile's rows.
 template <int B_ROWS, int N, int STEPS>
-H1_DEVICE void multiply_fragments(float (&c)[N], const unsigned (&a)[STEPS][4], SharedAddress b, bool add) {
+H1_DEVICE void multiply_fragments(float (&c)[N], const unsigned (&a)[STEPS][4], SharedAddress b) {
     Across<B_ROWS> of_b(b);
 #pragma unroll
-    for (int n = 0; n < STEPS; ++n) product<true>(c, a[n], of_b.step(n), add || n > 0, T_X{});
+    for (int n = 0; n < STEPS; ++n) product<true>(c, a[n], of_b.step(n), true, T_X{});
 }
 
 // Sums of a product as the fragments of the next.
@@ -78,8 +84,49 @@ struct Ring {
     }
 };
 
-// Writes 0 to a row of a tile.
-H1_DEVICE void clear_row(SharedAddress row) {
+// The barriers of a ring, `full` and then `empty` of each slot: full once `writers` have arrived and the bytes that they
+// announced, empty once every warp of the consumers has.
+template <int SLOTS>
+H1_DEVICE void make_ring(SharedAddress full, int writers, int consumers) {
+    for (int i = 0; i < SLOTS; ++i) {
+        barrier_init(full + 8 * i, writers);
+        barrier_init(full + 8 * (SLOTS + i), consumers * WARPGROUP / WARP);
+    }
+}
+
+// Starts to copy `rows` of a head into a tile.
+template <int TILE_ROWS>
+H1_DEVICE void copy_tile(SharedAddress tile, const TensorMap& rows, int head, int row, SharedAddress barrier) {
 #pragma unroll
-    for (int i = 0; i < ROW_BYTES; i += 16) store_shared(row + i, 0u, 0u, 0u, 0u);
+    for (int half = 0; half < HALVES; ++half)
+        copy_box(tile + half * TILE_ROWS * ROW_BYTES, rows, half * 64, head, row, barrier);
+}
+
+// Sets the rows of tiles but those from `begin` to `end` to 0, for what a warpgroup multiplies next: what has a weight of
+// 0 must be a number. The consumers all do it, each before it reads them.
+template <int TILE_ROWS, int TILES>
+H1_DEVICE void clear_outside(SharedAddress tiles, int begin, int end) {
+    for (int i = threadIdx.x % WARPGROUP; i < TILES * HALVES * TILE_ROWS; i += WARPGROUP)
+        if (i % TILE_ROWS < begin || i % TILE_ROWS >= end) clear_row(tiles + i * ROW_BYTES);
+    fence_async();
+    meet(threadIdx.x / WARPGROUP, WARPGROUP);
+}
+
+// Replaces a thread's values of row r (of its two) in the columns but those from `begin` to `end`.
+template <int N>
+H1_DEVICE void replace_outside(float (&c)[N], int r, int begin, int end, float value) {
+    int column = threadIdx.x % 4 * 2;
+    begin -= column, end -= column;
+#pragma unroll
+    for (int n = 0; n < N / 4; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            if (n * 8 + j < begin || n * 8 + j >= end) c[n * 4 + r * 2 + j] = value;
+}
+
+// Writes a thread's part of row r.
+H1_DEVICE void store_row(T_X* row, const float (&c)[HEAD_DIM / 2], int r, float factor) {
+    unsigned* to = reinterpret_cast<unsigned*>(row) + threadIdx.x % 4;
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; ++d) to[d * 4] = pack(factor * c[d * 4 + r * 2], factor * c[d * 4 + r * 2 + 1], T_X{});
 }
