@@ -39,6 +39,23 @@ def P(t):
 I, L, FL = ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
 
+class TensorMap:
+    """The tensor map of [rows, heads * size] 16-bit values and a box of rows, heads and 64 columns."""
+
+    def __init__(self, t, heads, box_heads, box_rows, rows=None):
+        rows, size, row_bytes = rows or t.shape[0], t.shape[1] // heads, t.stride(0) * 2
+        self.room = ctypes.create_string_buffer(192)
+        self.at = ctypes.addressof(self.room) + -ctypes.addressof(self.room) % 64
+        if args.emulate:
+            words = [t.data_ptr(), row_bytes, size * 2, size, heads, rows, box_heads, box_rows]
+            (ctypes.c_ulonglong * 8).from_address(self.at)[:] = words
+            return
+        longs, ints = ctypes.c_ulonglong * 3, ctypes.c_uint * 3
+        rc = ENGINE.cu.cuTensorMapEncodeTiled(ctypes.c_void_p(self.at), 1, 3, ctypes.c_void_p(t.data_ptr()), longs(size, heads, rows), longs(size * 2, row_bytes),
+                                              ints(64, box_heads, box_rows), ints(1, 1, 1), 0, 3, 3, 0)
+        assert rc == 0, f"cuTensorMapEncodeTiled: {rc}"
+
+
 class Cuda:
     def __init__(self):
         torch.cuda.init()
@@ -91,7 +108,7 @@ class Cuda:
             if shared > 48 * 1024:
                 rc = self.cu.cuFuncSetAttribute(function, 8, shared)
                 assert rc == 0, f"{entry}: {shared} bytes of shared memory: {rc}"
-            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
             grid, block = list(grid) + [1] * (3 - len(grid)), list(block) + [1] * (3 - len(block))
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
             rc = self.cu.cuLaunchKernel(function, *grid, *block, shared, stream, ptrs, None)
@@ -128,7 +145,7 @@ class Emulated:
         function.restype = ctypes.c_char_p
 
         def launch(grid, block, shared, arguments):
-            ptrs = (ctypes.c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
             g = (ctypes.c_uint * 3)(*(list(grid) + [1] * (3 - len(grid))))
             b = (ctypes.c_uint * 3)(*(list(block) + [1] * (3 - len(block))))
             error = function(ptrs, g, b, ctypes.c_size_t(shared), ctypes.c_uint(args.order))
@@ -424,11 +441,30 @@ class Attention:
         run.info = k.info
         return run
 
+    def wgmma(self):
+        k = kernel("attention_wgmma.cu", "attention_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd)
+        rows, keys, slots = 192, 128 if self.hd == 64 else 80, 8
+        tiles = self.t // (rows // self.group) + len(self.lengths)
+        together = max(1, min(self.kv, (32 << 20) // (self.kk.shape[0] * self.hd * 4)))
+        self.counter = torch.zeros(1, dtype=torch.int32, device=DEV)
+        page, box = max(1, self.page_size), math.gcd(self.page_size, keys)
+        maps = [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, box) for x in (self.kk, self.vv)]
+        table = [P(self.pages)] + [I(n) for n in (self.pages.shape if page > 1 else (0, 0))]
+        a = maps + [I(self.kk.shape[0])] + table + [I(self.kk.shape[0] // page), I(page), I(box), P(self.table), I(len(self.lengths)), L(self.t), I(self.kv), I(self.group),
+                                                    I(tiles), I(together), FL(self.scale), L(self.window), P(self.counter), R(self.out), R(self.lse)]
+
+        def run():
+            self.counter.zero_()
+            k((min(MULTIPROCESSORS, tiles * self.kv),), (512,), (rows + slots * keys) * self.hd * 2 + 1024, a)
+
+        run.info = k.info
+        return run
+
     def backward_inputs(self):
         return [R(self.q), R(self.k), R(self.v), L(self.k.shape[0]), P(self.table), I(len(self.lengths)), L(self.t), I(self.heads), I(self.group), FL(self.scale), L(self.window),
                 R(self.lse), P(self.delta), R(self.dout)]
 
-    def backward(self, mma):
+    def backward(self, path):
         x = CTYPE[self.dtype]
         self.delta = torch.empty(self.t, self.heads, device=DEV)
         self.dq, self.dk, self.dv = (torch.full_like(y, float("nan")) for y in (self.q, self.k, self.v))
@@ -436,7 +472,9 @@ class Attention:
         kd = kernel("attention_backward.cu", "attention_delta", **d)
         ad = [R(self.out), R(self.dout), L(self.t), I(self.heads), P(self.delta)]
         a = self.backward_inputs()
-        if mma:
+        if path == "wgmma":
+            return self.backward_wgmma(lambda: kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad))
+        if path == "mma":
             m = dict(T_X=x, HEAD_DIM=self.hd)
             kq, kkv = kernel("attention_backward_mma.cu", "attention_dq_mma", **m), kernel("attention_backward_mma.cu", "attention_dkv_mma", **m)
             queries = 128 // self.group
@@ -457,6 +495,26 @@ class Attention:
             run.info = lambda: None
         return run
 
+    def backward_wgmma(self, make_delta):
+        kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd) for name in ("dq", "dkv"))
+        rows, dq_keys, slots, query_rows, keys, stages = (192, 80, 8, 64, 192, 6) if self.hd == 64 else (192, 64, 8, 64, 128, 4)
+        maps = lambda rows, keys: [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, keys) for x in (self.k, self.v)] + [
+            TensorMap(self.dout, self.heads, self.group, rows // self.group)]
+        rest = self.backward_inputs()[3:-1]
+        aq, akv = maps(rows, dq_keys) + rest + [R(self.dq)], maps(query_rows, keys) + rest + [R(self.dk), R(self.dv)]
+        tiles, key_tiles = self.t // (rows // self.group) + len(self.lengths), self.k.shape[0] // keys + len(self.lengths)
+
+        def run(parts="delta dq dkv"):
+            if "delta" in parts:
+                make_delta()
+            if "dq" in parts:
+                kq((self.kv, tiles), (512,), (2 * rows + slots * dq_keys) * self.hd * 2 + 1024, aq)
+            if "dkv" in parts:
+                kkv((self.kv, key_tiles), (keys * 2 + 128,), (2 * keys + stages * 2 * query_rows) * self.hd * 2 + stages * 8 * query_rows + 1024, akv)
+
+        run.info = lambda: (kq.info(), kkv.info())
+        return run
+
     def reference(self):
         f = lambda t: t.double().detach().requires_grad_()
         q, k, v = f(self.q), f(self.k), f(self.v)
@@ -473,6 +531,12 @@ class Attention:
         out, lse = torch.cat(outs), torch.cat(lses)
         out.backward(self.dout.double())
         return out, lse, q.grad, k.grad, v.grad
+
+
+BACKWARD_MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+MULTIPROCESSORS = 4 if args.emulate else torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def MMA_DQ_SHARED(hd):
@@ -503,28 +567,31 @@ def attention():
         a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
         a.mma(*shape)()
         check(name + "mma out", a.out, out, tol); check(name + "mma lse", a.lse, lse, 1e-4)
+        if page % 8 == 0:
+            a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
+            a.wgmma()()
+            check(name + "wgmma out", a.out, out, tol); check(name + "wgmma lse", a.lse, lse, 1e-4)
         if page:
             continue
-        backwards = ["plain"] + (["mma"] if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")) else [])
-        for path in backwards:
-            a.backward(path == "mma")()
+        for path in ("plain", "mma", "wgmma"):
+            a.backward(path)()
             for n, g, r in (("dq", a.dq, dq), ("dk", a.dk, dk), ("dv", a.dv, dv)):
                 check(name + path + " " + n, g, r, 2 * tol)
     if args.emulate:
         return
     print("attention: times, causal, TFLOP/s by 2 (forward) and 5 (backward) products of half the square")
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    for t, heads, kv, hd in ((16384, 32, 8, 128), (4096, 32, 8, 128), (16384, 32, 8, 64)):
+    for t, heads, kv, hd in ((16384, 32, 8, 128), (4096, 32, 8, 128), (16384, 32, 8, 64), (4096, 32, 8, 64)):
         if args.quick and (t, hd) != (16384, 128):
             continue
         a = Attention([t], [0], heads, kv, hd, torch.bfloat16)
         flop = 2 * 2 * t * t / 2 * heads * hd
         show = lambda us, n=2: f"{us:8.0f} µs {flop * n / 2 / us / 1e6:6.0f}"
-        run = a.mma(); us = time_us(run, 5)
-        print(f"  {t} tokens, {heads}/{kv} × {hd}: h1 forward {show(us)}  {run.info()}", flush=True)
-        if os.path.exists(os.path.join(args.kernels, "attention_backward_mma.cu")):
-            run = a.backward(True); us = time_us(run, 3)
-            print(f"    h1 backward {show(us, 5)}  {run.info()}", flush=True)
+        print(f"  {t} tokens, {heads}/{kv} × {hd}:")
+        for path in ("mma", "wgmma"):
+            run = getattr(a, path)(); us = time_us(run, 5)
+            back = a.backward(path); back_us = time_us(back, 3)
+            print(f"    {path:5} forward {show(us)}  backward {show(back_us, 5)}  {run.info()} {back.info()}", flush=True)
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             try:
                 with sdpa_kernel(backend):
@@ -564,7 +631,7 @@ def profile(what):
         a = Attention([16384], [0], 32, 8, 128, torch.bfloat16)
         run = a.mma()
         if what == "attention_backward":
-            run(); run = a.backward(True)
+            run(); run = a.backward("mma")
     elif what == "decode":
         run = Attention([1] * 16, [8191] * 16, 32, 8, 128, torch.bfloat16, 0, 16).mma(1, 1, 8)
     for _ in range(3):

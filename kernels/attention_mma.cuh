@@ -43,12 +43,11 @@ H1_DEVICE void load_b_columns(unsigned (&b)[2][2], SharedAddress tile, int row, 
 
 // The part of a segment that a block has: `count` queries or keys from `first` on; none if the index is past the last.
 struct SegmentTile {
-    Segment segment;
-    int first, count;
+    Segment segment = {};
+    int first = 0, count = 0;
 
     // Tiles of `size` queries, or of all keys, segment after segment.
     H1_DEVICE SegmentTile(const Segment* segments, int capacity, long long tokens, int tile, int size, bool keys) {
-        count = 0;
         for (int s = 0; s < capacity; ++s) {
             segment = segments[s];
             long long end = (long long)segment.past + segment.len;

@@ -115,7 +115,32 @@ struct Copy {
     unsigned bytes, zeros, group;
 };
 
-enum class State { Ready, AtBarrier, InCollective, Done };
+// A product of a warpgroup as each of its threads issues it (ptx.cuh); it runs when it is waited for, from what is then
+// in registers and shared memory.
+struct Product {
+    float* c;
+    unsigned n;
+    const unsigned* a;
+    uint64_t of_a, of_b;
+    bool add, a_turned, b_turned;
+    float (*value)(unsigned short);
+    unsigned group;
+};
+
+// A copy of a box into shared memory (ptx.cuh).
+struct Box {
+    char *to, *barrier;
+    const unsigned char* from;
+    uint64_t row_bytes, head_bytes;
+    int column, head, row, columns, heads, rows, box_heads, box_rows;
+};
+
+// Threads that have come to a barrier by number, and how often it was complete.
+struct Meeting {
+    unsigned come = 0, turns = 0;
+};
+
+enum class State { Ready, AtBarrier, InCollective, InWarpgroup, Polling, Done };
 
 struct Thread {
     Fiber fiber;
@@ -124,6 +149,11 @@ struct Thread {
     Collective collective;
     std::vector<Copy> copies;
     unsigned group = 0;
+    std::vector<Product> products;
+    unsigned products_group = 0, pending = 0;
+    // What a thread that polls waits for.
+    bool (*ready)(const void*) = nullptr;
+    const void* asked = nullptr;
 };
 
 struct Machine {
@@ -135,6 +165,10 @@ struct Machine {
     size_t scheduler_size = 0;
     std::unique_ptr<void, void (*)(void*)> shared{nullptr, std::free};
     int votes = 0, vote = 0;
+    // Copies that have not arrived yet: with order 0 there are none, otherwise they wait till nothing else can run.
+    std::vector<Box> boxes;
+    bool boxes_wait = false;
+    Meeting meetings[16];
     const char* error = nullptr;
     void (*call)(void*) = nullptr;
     void* arguments = nullptr;
@@ -214,6 +248,20 @@ inline bool complete(Thread* warp, unsigned lanes) {
     return any;
 }
 
+// Lets a warpgroup go whose threads have all come, and acts on what they brought.
+inline bool complete_warpgroup(Thread* group, unsigned threads) {
+    unsigned come = 0;
+    void* values[128];
+    for (unsigned t = 0; t < threads; ++t)
+        if (group[t].state == State::InWarpgroup) values[come++] = group[t].collective.mine;
+    if (come < 128) return false;
+    group[0].collective.act(values, 0);
+    for (unsigned t = 0; t < 128; ++t) group[t].state = State::Ready;
+    return true;
+}
+
+inline void deliver(const Box& box);
+
 inline void run_block(unsigned count, unsigned order, uint64_t& random) {
     Machine& m = machine;
     std::vector<unsigned> turn(count);
@@ -222,6 +270,8 @@ inline void run_block(unsigned count, unsigned order, uint64_t& random) {
         m.threads[t].state = State::Ready;
         m.threads[t].copies.clear();
         m.threads[t].group = 0;
+        m.threads[t].products.clear();
+        m.threads[t].products_group = 0;
         m.threads[t].index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
         m.threads[t].fiber.start(enter);
     }
@@ -236,6 +286,7 @@ inline void run_block(unsigned count, unsigned order, uint64_t& random) {
         bool moved = false;
         for (unsigned t : turn) {
             Thread& thread = m.threads[t];
+            if (thread.state == State::Polling && thread.ready(thread.asked)) thread.state = State::Ready;
             if (thread.state == State::Ready) {
                 m.running = &thread;
                 threadIdx = thread.index;
@@ -247,8 +298,14 @@ inline void run_block(unsigned count, unsigned order, uint64_t& random) {
         }
         for (unsigned first = 0; first < count; first += 32)
             moved |= complete(&m.threads[first], std::min(32u, count - first));
+        for (unsigned first = 0; first < count; first += 128)
+            moved |= complete_warpgroup(&m.threads[first], std::min(128u, count - first));
+        if (!m.error && done == count && !m.boxes.empty()) m.error = "a block ended before its copies had arrived";
         if (m.error || done == count) return;
-        if (done + waiting == count) {
+        if (!moved && !m.boxes.empty()) {
+            deliver(m.boxes.front());
+            m.boxes.erase(m.boxes.begin());
+        } else if (done + waiting == count) {
             m.vote = std::exchange(m.votes, 0);
             for (unsigned t = 0; t < count; ++t)
                 if (m.threads[t].state == State::AtBarrier) m.threads[t].state = State::Ready;
@@ -278,10 +335,13 @@ const char* launch(void (*kernel)(A...), void** args, std::index_sequence<I...>,
     if (posix_memalign(&memory, 1024, std::max<size_t>(shared, 1)) != 0) return "no memory for a block's shared memory";
     m.shared.reset(memory);
     uint64_t random = order;
+    m.boxes.clear();
+    m.boxes_wait = order > 0;
     for (unsigned b = 0; b < blocks && !m.error; ++b) {
         unsigned at = order == 1 ? blocks - 1 - b : b;
         blockIdx = {at % grid[0], at / grid[0] % grid[1], at / (grid[0] * grid[1])};
         std::memset(m.shared.get(), 0xff, shared);
+        std::fill(std::begin(m.meetings), std::end(m.meetings), Meeting{});
         if (__start_h1_shared) std::memset(__start_h1_shared, 0xff, size_t(__stop_h1_shared - __start_h1_shared));
         run_block(count, order, random);
     }
@@ -348,4 +408,5 @@ T block_vote(T predicate) {
 }  // namespace emulate
 #pragma GCC visibility pop
 
+#include "emulate_sm90.h"
 #include "emulate_types.h"

@@ -213,3 +213,221 @@ H1_DEVICE unsigned pack_f16(float low, float high) {
     return f16_bits(low) | static_cast<unsigned>(f16_bits(high)) << 16;
 #endif
 }
+
+// Writes 16 bytes to shared memory.
+H1_DEVICE void store_shared(SharedAddress to, unsigned a, unsigned b, unsigned c, unsigned d) {
+#ifdef __CUDACC__
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+#else
+    unsigned words[4] = {a, b, c, d};
+    std::memcpy(to, words, sizeof words);
+#endif
+}
+
+// Below: the H100's own instructions (sm_90a).
+
+// A barrier in shared memory, 8 bytes: it waits for `arrivals` and, where they announce some, for bytes to be copied.
+H1_DEVICE void barrier_init(SharedAddress barrier, unsigned arrivals) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+#else
+    emulate::barrier_init(barrier, arrivals);
+#endif
+}
+
+H1_DEVICE void barrier_arrive(SharedAddress barrier) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#else
+    emulate::barrier_arrive(barrier, 0);
+#endif
+}
+
+// Arrives, and announces bytes that will be copied.
+H1_DEVICE void barrier_expect(SharedAddress barrier, unsigned bytes) {
+#ifdef __CUDACC__
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#else
+    emulate::barrier_arrive(barrier, bytes);
+#endif
+}
+
+// Waits until the phase of a barrier is no longer `parity`: phases are 0, 1, 0, …
+H1_DEVICE void barrier_wait(SharedAddress barrier, unsigned parity) {
+#ifdef __CUDACC__
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\n"
+        "bra WAIT;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#else
+    emulate::barrier_wait(barrier, parity);
+#endif
+}
+
+// Threads that meet by number: `threads` of them at barrier `id`, 1 to 15; those that only arrive go on.
+H1_DEVICE void meet(unsigned id, unsigned threads) {
+#ifdef __CUDACC__
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+    emulate::meet(id, threads, true);
+#endif
+}
+
+H1_DEVICE void meet_later(unsigned id, unsigned threads) {
+#ifdef __CUDACC__
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+    emulate::meet(id, threads, false);
+#endif
+}
+
+// This thread's writes to shared memory so far come before what the copy engine and the tensor cores do there after the
+// next barrier.
+H1_DEVICE void fence_async() {
+#ifdef __CUDACC__
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// The registers of each thread of this warpgroup from now on.
+template <int REGISTERS>
+H1_DEVICE void give_registers() {
+#ifdef __CUDACC__
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+template <int REGISTERS>
+H1_DEVICE void take_registers() {
+#ifdef __CUDACC__
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+// What the driver makes of a matrix of 16-bit values [rows][heads][columns] and a box of it: [box rows][box heads][64],
+// which lies in shared memory as rows of 128 bytes whose 16-byte pieces are exchanged (address bits 4 to 6 ^= bits 7 to 9).
+#ifdef __CUDACC__
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
+};
+#else
+struct TensorMap {
+    // The emulated driver's: address, bytes from one row and from one head to the next, columns, heads, rows, box heads
+    // and rows.
+    unsigned long long base, row_bytes, head_bytes, columns, heads, rows, box_heads, box_rows, unused[8];
+};
+#endif
+
+// Starts to copy a box; what lies outside of the matrix is 0. `barrier` gets its bytes.
+H1_DEVICE void copy_box(SharedAddress to, const TensorMap& map, int column, int head, int row, SharedAddress barrier) {
+#ifdef __CUDACC__
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(&map), "r"(column), "r"(head), "r"(row), "r"(barrier)
+        : "memory");
+#else
+    emulate::copy_box({to, barrier, reinterpret_cast<const unsigned char*>(map.base), map.row_bytes, map.head_bytes, column, head, row,
+                       int(map.columns), int(map.heads), int(map.rows), int(map.box_heads), int(map.box_rows)});
+#endif
+}
+
+// A matrix of 16-bit values in shared memory as an operand of a warpgroup's product: rows of 64 values (128 bytes, pieces
+// exchanged as above), 8 after each other, `next_eight` bytes to the next 8. Where the product's inner index runs along
+// the rows' columns this is all; where it runs from row to row, `next_columns` bytes lead to the next 64 columns.
+H1_DEVICE unsigned long long shared_matrix(SharedAddress at, unsigned next_columns, unsigned next_eight) {
+#ifdef __CUDACC__
+    unsigned start = at;
+#else
+    unsigned start = emulate::shared_offset(at);
+#endif
+    return (start & 0x3ffff) >> 4 | (unsigned long long)(next_columns >> 4) << 16 | (unsigned long long)(next_eight >> 4) << 32 |
+           1ull << 62;
+}
+
+// Before the first product of a group: registers that products read or add to are as this thread left them.
+H1_DEVICE void products_begin() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Closes a group of products.
+H1_DEVICE void products_commit() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    emulate::commit_products();
+#endif
+}
+
+// Waits for all but the last PENDING groups. Until then their registers must stay as they are; `keep` those that are read.
+template <int PENDING>
+H1_DEVICE void products_wait() {
+#ifdef __CUDACC__
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#else
+    emulate::wait_products(PENDING);
+#endif
+}
+
+template <int N>
+H1_DEVICE void keep(float (&c)[N]) {
+#ifdef __CUDACC__
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
+#endif
+}
+
+// c (+)= a·b of a warpgroup: a 64 × 16, b 16 × n, c 64 × n of f32, with n/2 of them a thread: warp w of the four has rows
+// 16·w to 16·w + 15, and of each 8 columns a lane what it has of c in `multiply`, one 8 after the other; of a in
+// registers as there too. In shared memory a and b are `shared_matrix`: rows are a's rows and b's columns, or, where
+// A_TURNED or B_TURNED, they run along the inner index. Runs until `products_wait`.
+#define H1_F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define H1_F16(c, i) H1_F4(c, i), H1_F4(c, i + 4), H1_F4(c, i + 8), H1_F4(c, i + 12)
+#define H1_REGISTERS_32 H1_F16(c, 0), H1_F16(c, 16)
+#define H1_REGISTERS_40 H1_REGISTERS_32, H1_F4(c, 32), H1_F4(c, 36)
+#define H1_REGISTERS_64 H1_REGISTERS_32, H1_F16(c, 32), H1_F16(c, 48)
+#define H1_LIST_32                                                                                                  \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define H1_LIST_40 H1_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define H1_LIST_64                                                                                                  \
+    H1_LIST_40 ", "                                                                                                 \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+    "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#ifdef __CUDACC__
+#define H1_PRODUCT(type, n, half, list, registers, i0, i1, i2, i3, i4, i5, i6)                                      \
+    template <bool B_TURNED>                                                                                        \
+    H1_DEVICE void product_##type(float (&c)[half], const unsigned (&a)[4], unsigned long long b, bool add) {       \
+        asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" #i5 ", 0;\n"                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" list "}, {%" #i0 ", %" #i1 \
+                     ", %" #i2 ", %" #i3 "}, %" #i4 ", more, 1, 1, %" #i6 ";\n}"                                     \
+                     : registers                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B_TURNED)));      \
+    }                                                                                                               \
+    template <bool A_TURNED, bool B_TURNED>                                                                         \
+    H1_DEVICE void product_##type(float (&c)[half], unsigned long long a, unsigned long long b, bool add) {         \
+        asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, %" #i2 ", 0;\n"                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" list "}, %" #i0 ", %" #i1 \
+                     ", more, 1, 1, %" #i3 ", %" #i4 ";\n}"                                                          \
+                     : registers                                                                                    \
+                     : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TURNED)), "n"(int(B_TURNED)));                      \
+    }
+#else
+#define H1_PRODUCT(type, n, half, ...)                                                                              \
+    template <bool B_TURNED>                                                                                        \
+    void product_##type(float (&c)[half], const unsigned (&a)[4], unsigned long long b, bool add) {                 \
+        emulate::product({c, n, a, 0, b, add, false, B_TURNED, type##_value, 0});                                   \
+    }                                                                                                               \
+    template <bool A_TURNED, bool B_TURNED>                                                                         \
+    void product_##type(float (&c)[half], unsigned long long a, unsigned long long b, bool add) {                   \
+        emulate::product({c, n, nullptr, a, b, add, A_TURNED, B_TURNED, type##_value, 0});                          \
+    }
+#endif
+H1_PRODUCT(bf16, 64, 32, H1_LIST_32, H1_REGISTERS_32, 32, 33, 34, 35, 36, 37, 38)
+H1_PRODUCT(bf16, 80, 40, H1_LIST_40, H1_REGISTERS_40, 40, 41, 42, 43, 44, 45, 46)
+H1_PRODUCT(bf16, 128, 64, H1_LIST_64, H1_REGISTERS_64, 64, 65, 66, 67, 68, 69, 70)
+H1_PRODUCT(f16, 64, 32, H1_LIST_32, H1_REGISTERS_32, 32, 33, 34, 35, 36, 37, 38)
+H1_PRODUCT(f16, 80, 40, H1_LIST_40, H1_REGISTERS_40, 40, 41, 42, 43, 44, 45, 46)
+H1_PRODUCT(f16, 128, 64, H1_LIST_64, H1_REGISTERS_64, 64, 65, 66, 67, 68, 69, 70)
