@@ -151,7 +151,6 @@ impl std::fmt::Display for ModuleKey {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::backend::cuda::variants;
 
     #[test]
