@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use h1::checkpoint::{Checkpoint, Hub};
 use serde_json::json;
@@ -23,6 +24,8 @@ struct Manners {
     no_ranges: bool,
     /// One byte of a file is wrong.
     garbles: bool,
+    /// After so many bytes of a body, or of any answer where it is 0, nothing comes and the connection stays.
+    silent_after: Option<usize>,
 }
 
 /// What it was asked for: path and range.
@@ -40,9 +43,12 @@ impl Server {
         let asked = Asked::default();
         let log = Arc::clone(&asked);
         std::thread::spawn(move || {
+            let mut kept = Vec::new();
             for stream in listener.incoming() {
+                let stream = stream.unwrap();
+                kept.extend(manners.silent_after.and_then(|_| stream.try_clone().ok()));
                 // A client that hangs up early is what some of these tests are about.
-                let _ = answer(stream.unwrap(), &files, manners, &log);
+                let _ = answer(stream, &files, manners, &log);
             }
         });
         Server { address, asked }
@@ -92,6 +98,9 @@ fn answer(
         }
     }
     log.lock().unwrap().push((path.clone(), range.clone()));
+    if manners.silent_after == Some(0) {
+        return Ok(());
+    }
     if path.starts_with("/api/models/org/model/revision/main") {
         let siblings: Vec<_> = files.keys().map(|name| json!({"rfilename": name})).collect();
         let body = json!({"sha": COMMIT, "siblings": siblings}).to_string();
@@ -123,7 +132,8 @@ fn answer(
         whole.len(),
         body.len()
     )?;
-    stream.write_all(&body[..manners.cut.unwrap_or(usize::MAX).min(body.len())])
+    let sent = manners.cut.or(manners.silent_after).unwrap_or(usize::MAX);
+    stream.write_all(&body[..sent.min(body.len())])
 }
 
 fn golden(name: &str) -> PathBuf {
@@ -231,6 +241,21 @@ fn what_is_not_there_and_a_hub_that_is_not_there_are_said_in_a_sentence() {
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let error = refusal(&Hub::new(&format!("http://{nobody}"), cache.path()), "hub:org/model");
     assert!(error.contains("cannot be reached") && error.contains("HF_ENDPOINT"), "{error}");
+}
+
+#[test]
+fn a_hub_that_says_nothing_is_given_up_in_a_sentence_and_what_came_is_kept() {
+    let silence = Duration::from_millis(300);
+    for (silent_after, kept) in [(0, 0), (9_000, 9_000)] {
+        let silent = Manners { silent_after: Some(silent_after), ..Manners::default() };
+        let (server, cache) = (Server::start(repository(), silent), tempfile::tempdir().unwrap());
+        let error = server.hub(cache.path()).silent_at_most(silence).fetch("hub:org/model").unwrap_err().to_string();
+        assert!(error.contains("has said nothing for 0.3 seconds") && !error.contains('\n'), "{error}");
+        let blobs = fs::read_dir(cache.path().join("models--org--model/blobs")).into_iter().flatten();
+        let part =
+            blobs.map(|file| file.unwrap().path()).find(|file| file.extension().is_some_and(|end| end == "part"));
+        assert_eq!(part.map_or(0, |part| fs::metadata(part).unwrap().len()), kept);
+    }
 }
 
 #[test]

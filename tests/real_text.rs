@@ -1,14 +1,16 @@
-//! Tokenizers of real models on real text. Each test needs what it names and says so where that is not there; with the
+//! Real models on real text: tokens, likelihoods, greedy answers. Each test needs what it names and says so where that is not there; with the
 //! variable CI set the data sets must be there.
 //!
 //! `H1_MODELS` is a folder with the files that `examples/fetch-models` fetches, and `tekken_240911.json` of
-//! mistral-common 1.13.1.
+//! mistral-common 1.13.1. `tests/real/record.py` recorded what other implementations make of the models.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use h1::text::dataset::read_records;
 use h1::text::record::Record;
 use h1::text::tokenizer::{DecodeStream, Tokenizer};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// GSM8K's two files.
@@ -55,8 +57,7 @@ fn ids(tokenizer: &Tokenizer, path: &Path) -> (usize, String) {
 
 /// Every text comes back, at once and as a stream; bytes come back where there are tokens for them.
 fn round_trips(tokenizer: &Tokenizer) {
-    let texts =
-        ["", " ", "\n\n\n a  b\t", "I'VE 12345 \r\n\r\n  ²³ ½", "é漢🦀👩‍👩‍👧 fi\u{301}", "def f(x):\n    return x // 2\n"];
+    let texts = ["", " ", "\n\n\n a  b\t", "I'VE 12345 \r\n\r\n  ²³ ½", "é漢🦀👩‍👩‍👧 fí", "def f(x):\n    return x // 2\n"];
     for text in texts {
         let ids = tokenizer.encode(text, false).unwrap();
         assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
@@ -117,6 +118,9 @@ fn qwens_tokenizer_gives_back_every_problem_and_every_byte() {
     ids(&tokenizer, &test);
     assert!(tokenizer.missing_bytes().is_empty());
     round_trips(&tokenizer);
+    // Its texts are composed before they are split.
+    let composed = tokenizer.encode("fí", false).unwrap();
+    assert_eq!(tokenizer.encode("fi\u{301}", false).unwrap(), composed);
 }
 
 #[test]
@@ -136,4 +140,73 @@ fn tekken_gives_back_every_problem_and_every_byte() {
     );
     assert!(tokenizer.missing_bytes().is_empty());
     round_trips(&tokenizer);
+}
+
+/// A file of this folder's own.
+fn recorded(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real").join(name)
+}
+
+/// What the program says of a model on the processor, as JSON.
+fn h1(verb: &str, model: &Path, arguments: &[&str]) -> Value {
+    let cache = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_h1"));
+    command.arg(verb).arg(model).args(["--json", "--backend", "cpu"]).args(arguments).env("H1_CACHE", cache.path());
+    let ran = command.output().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    serde_json::from_slice(&ran.stdout).unwrap()
+}
+
+/// Ids and greedy texts are those that were recorded token for token, mean negative log-likelihoods within 1e-4.
+fn is_as_recorded(model_file: &str, records: &str) {
+    let (Some(model), Some(test)) = (model(model_file), gsm8k("test")) else { return };
+    let records: Value = serde_json::from_slice(&std::fs::read(recorded(records)).unwrap()).unwrap();
+    let tokenizer = Tokenizer::open(&model).unwrap();
+    let ids =
+        |value: &Value| value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect::<Vec<_>>();
+    for chat in [false, true] {
+        let asked: Vec<&Value> =
+            records["greedy"].as_array().unwrap().iter().filter(|case| case["chat"] == chat).collect();
+        let mut arguments = vec!["--max-new-tokens", "48"];
+        arguments.extend(asked.iter().flat_map(|case| ["--prompt", case["prompt"].as_str().unwrap()]));
+        arguments.extend(chat.then_some("--chat"));
+        let answers = h1("generate", &model, &arguments);
+        assert_eq!(answers.as_array().unwrap().len(), asked.len());
+        for (case, answer) in asked.iter().zip(answers.as_array().unwrap()) {
+            let prompt = answer["prompt"].as_str().unwrap();
+            assert_eq!(tokenizer.encode(prompt, !chat).unwrap(), ids(&case["ids"]), "{prompt}");
+            // The token that ends a turn is recorded, and no part of an answer.
+            let mut expected = ids(&case["new"]);
+            expected.pop_if(|last| tokenizer.ends().contains(last));
+            assert_eq!(ids(&answer["tokens"]), expected, "{prompt}");
+            assert_eq!(answer["text"], case["text"], "{prompt}");
+        }
+    }
+    let scored = |file: &Path, limit: &str| {
+        let scores = &h1("eval", &model, &["--data", file.to_str().unwrap(), "--limit", limit])[0]["scores"];
+        (scores["tokens"].as_u64().unwrap(), scores["cross_entropy"].as_f64().unwrap())
+    };
+    let close = |(tokens, mean): (u64, f64), (count, expected): (u64, &Value), what: &str| {
+        assert_eq!(tokens, count, "{what}");
+        assert!((mean - expected.as_f64().unwrap()).abs() < 1e-4, "{what}: {mean}, not {expected}");
+    };
+    let answers = &records["answers"];
+    let found = scored(&test, &answers["documents"].to_string());
+    close(found, (answers["tokens"].as_u64().unwrap(), &answers["mean"]), "GSM8K's answers");
+    for text in records["texts"].as_array().unwrap() {
+        let name = text["name"].as_str().unwrap();
+        // The first token is predicted by none.
+        let count = text["ids"].as_u64().unwrap() - 1;
+        close(scored(&recorded(name), "1"), (count, &text["mean"]), name);
+    }
+}
+
+#[test]
+fn smollm2s_ids_likelihoods_and_greedy_texts_are_those_of_transformers() {
+    is_as_recorded("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2.json");
+}
+
+#[test]
+fn qwens_ids_likelihoods_and_greedy_texts_are_those_of_transformers() {
+    is_as_recorded("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.json");
 }

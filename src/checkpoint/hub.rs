@@ -3,10 +3,13 @@
 //! The client is the crate `hf-hub`: it names the cache's files, sends the token, and goes on with a half-written file. What is
 //! around it here makes that hold: a cut connection is tried again from where it broke, a half-written file that the client
 //! cannot go on with is put right, and a file counts only when its length, and its sha256 where the hub names one, are right.
+//! The client waits for ever for a hub that says nothing: it asks on a thread of its own, which is left when nothing comes.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
@@ -23,6 +26,8 @@ const ENDPOINT: &str = "https://huggingface.co";
 /// How often a file is asked for without a byte of it coming before it is given up.
 const TRIES: u32 = 5;
 const FIRST_WAIT: Duration = Duration::from_millis(200);
+/// How long a hub may say nothing.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// The folder or GGUF file that MODEL stands for: itself, from `base` on if it is relative, or the downloaded copy of
 /// `hub:ORG/NAME`, with `/FILE.gguf` for a GGUF file in it and `@REVISION` for another branch, tag or commit than main.
@@ -45,6 +50,16 @@ pub struct Hub {
     endpoint: String,
     cache: Cache,
     token: Option<String>,
+    silence: Duration,
+}
+
+/// Why nothing came.
+enum Failure {
+    Error(ApiError),
+    /// No byte for as long as a hub may say nothing.
+    Silence,
+    /// The client gave up on what the hub said.
+    Nonsense,
 }
 
 /// A model on a hub.
@@ -90,12 +105,18 @@ impl Hub {
     pub fn from_env() -> Self {
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| ENDPOINT.to_owned());
         let (endpoint, cache) = (endpoint.trim_end_matches('/').to_owned(), Cache::from_env());
-        Hub { endpoint, token: std::env::var("HF_TOKEN").ok().or(cache.token()), cache }
+        let token = std::env::var("HF_TOKEN").ok().or(cache.token());
+        Hub { endpoint, token, cache, silence: SILENCE }
     }
 
     /// The hub at an address, without a token, and the cache in a folder.
     pub fn new(endpoint: &str, cache: &Path) -> Self {
-        Hub { endpoint: endpoint.to_owned(), cache: Cache::new(cache.to_owned()), token: None }
+        Hub { endpoint: endpoint.to_owned(), cache: Cache::new(cache.to_owned()), token: None, silence: SILENCE }
+    }
+
+    /// The same, given up when it says nothing for so long.
+    pub fn silent_at_most(self, silence: Duration) -> Self {
+        Hub { silence, ..self }
     }
 
     /// The folder or GGUF file of a model by its name, downloaded as far as it is not in the cache.
@@ -113,7 +134,8 @@ impl Hub {
         }
         let api = ApiBuilder::from_cache(self.cache.clone()).with_endpoint(self.endpoint.clone());
         let api = api.with_token(self.token.clone()).build().map_err(|error| name.error(error.to_string()))?;
-        let info = self.patiently(&name, || api.repo(repo(&name.revision)).info(), || 0)?;
+        let remote = api.repo(repo(&name.revision));
+        let info = self.patiently(&name, move || remote.info(), || 0)?;
         // One commit for all files, whatever happens to the branch meanwhile.
         if !is_plain(&info.sha) {
             return Err(name.error(format!("the hub names no commit, but {:?}", info.sha)));
@@ -162,12 +184,13 @@ impl Hub {
 
     /// One file of a commit into the cache.
     fn download(&self, (name, api): (&Name, &Api), commit: &Repo, file: &str) -> Result<()> {
-        let (remote, cache) = (api.repo(commit.clone()), self.cache.repo(commit.clone()));
+        let (remote, cache) = (Arc::new(api.repo(commit.clone())), self.cache.repo(commit.clone()));
         if cache.pointer_path(commit.revision()).join(file).exists() {
             return Ok(());
         }
         let io = |path: &Path| CheckpointError::io("write", path);
-        let found = self.patiently(name, || api.metadata(&remote.url(file)), || 0)?;
+        let (asked, url) = (api.clone(), remote.url(file));
+        let found = self.patiently(name, move || asked.metadata(&url), || 0)?;
         if !is_plain(found.etag()) || found.commit_hash() != commit.revision() {
             return Err(name.error(format!("the hub's answer for {file} is of another commit, or names it in no way")));
         }
@@ -181,9 +204,10 @@ impl Hub {
             let keep = if length() == size { size.saturating_sub(1) } else { 0 };
             File::options().write(true).open(&part).and_then(|part| part.set_len(keep)).map_err(io(&part))?;
         }
+        let wanted = file.to_owned();
         let path = self.patiently(
             name,
-            || remote.download_with_progress(file, ProgressBar::new(0)),
+            move || remote.download_with_progress(&wanted, ProgressBar::new(0)),
             || if blob.exists() { u64::MAX } else { length() },
         )?;
         check(&blob, size, found.etag()).map_err(io(&blob))?.map_err(|what| {
@@ -194,31 +218,65 @@ impl Hub {
     }
 
     /// Asks again, after a while, when a connection breaks, as long as bytes come: `there` says how many did so far.
-    fn patiently<T>(
+    fn patiently<T: Send + 'static>(
         &self,
         name: &Name,
-        mut ask: impl FnMut() -> std::result::Result<T, ApiError>,
+        ask: impl Fn() -> std::result::Result<T, ApiError> + Send + Sync + 'static,
         there: impl Fn() -> u64,
     ) -> Result<T> {
-        let (mut failures, mut before) = (0, there());
+        let (ask, mut failures, mut before) = (Arc::new(ask), 0, there());
         loop {
-            let error = match ask() {
+            let failure = match self.once(Arc::clone(&ask), &there) {
                 Ok(answer) => return Ok(answer),
-                Err(error) => error,
+                Err(failure) => failure,
             };
             let now = there();
             failures = if now > before { 1 } else { failures + 1 };
             before = now;
-            if failures >= TRIES || !is_passing(&error) {
-                return Err(name.error(self.words(&error)));
+            if failures >= TRIES || !is_passing(&failure) {
+                return Err(name.error(self.words(&failure)));
             }
             std::thread::sleep(FIRST_WAIT * 2u32.pow(failures - 1));
         }
     }
 
+    /// Asks once, as long as bytes come.
+    fn once<T: Send + 'static>(
+        &self,
+        ask: Arc<impl Fn() -> std::result::Result<T, ApiError> + Send + Sync + 'static>,
+        there: impl Fn() -> u64,
+    ) -> std::result::Result<T, Failure> {
+        let (answer, answered) = mpsc::channel();
+        // Whoever listened may be gone.
+        std::thread::spawn(move || drop(answer.send(ask())));
+        let mut before = there();
+        loop {
+            match answered.recv_timeout(self.silence) {
+                Ok(answer) => return answer.map_err(Failure::Error),
+                Err(RecvTimeoutError::Disconnected) => return Err(Failure::Nonsense),
+                Err(RecvTimeoutError::Timeout) => {
+                    let now = there();
+                    if now <= before {
+                        return Err(Failure::Silence);
+                    }
+                    before = now;
+                }
+            }
+        }
+    }
+
     /// What went wrong, in a sentence.
-    fn words(&self, error: &ApiError) -> String {
-        let endpoint = &self.endpoint;
+    fn words(&self, failure: &Failure) -> String {
+        let (endpoint, silence) = (&self.endpoint, self.silence.as_secs_f32());
+        let error = match failure {
+            Failure::Error(error) => error,
+            Failure::Silence => {
+                return format!(
+                    "{endpoint} has said nothing for {silence} seconds: the same command goes on from here"
+                );
+            }
+            Failure::Nonsense => return format!("{endpoint} answers as no hub does"),
+        };
         match error {
             ApiError::RequestError(error) => match **error {
                 ureq::Error::StatusCode(404) => format!("{endpoint} has no such model, revision or file"),
@@ -240,7 +298,9 @@ impl Hub {
 }
 
 /// Whether it may go well the next time.
-fn is_passing(error: &ApiError) -> bool {
+fn is_passing(failure: &Failure) -> bool {
+    // The thread that waits still has the lock of its file.
+    let Failure::Error(error) = failure else { return false };
     match error {
         ApiError::RequestError(error) => match **error {
             ureq::Error::StatusCode(status) => status >= 500 || status == 429,
