@@ -100,7 +100,7 @@ pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -
     for heads in Heads::blocks(&op.shape, keys_at_once, queries_at_once) {
         let [dk, dv] = [heads.keys(op.dk, head_dim)?, heads.keys(op.dv, head_dim)?];
         // What a part of a group leaves to its keys adds to what the parts before it left.
-        let adds = heads.query % group != 0;
+        let adds = !heads.query.is_multiple_of(group);
         let mut own = |slot, view: View| {
             if adds { call.scratch_of(view.dtype, Slot::Block(slot), view.rows, view.cols) } else { Ok(view) }
         };
@@ -319,7 +319,7 @@ impl Neighbours {
         let gate = inputs.z_col.map(|col| (col + self.first, self.count, false));
         let groups = [(inputs.b_col, self.per[0]), (inputs.c_col, self.per[1])].map(|(col, per)| {
             let (first, count) = self.groups(per);
-            (col + first * self.d_state, count * self.d_state, self.first % per != 0)
+            (col + first * self.d_state, count * self.d_state, !self.first.is_multiple_of(per))
         });
         for (from, count, adds) in gate.into_iter().chain(groups) {
             columns.push((from, start, count, adds));
