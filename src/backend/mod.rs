@@ -30,6 +30,9 @@ pub use error::{Error, Result};
 pub use segments::{SEGMENT_FIELDS, Segment, Segments, SegmentsView};
 pub use view::{BufferId, DType, DeviceId, Order, Out, View, WEIGHT_ROWS, padded_rows};
 
+/// [`BackendInfo::chunk_values`] of most.
+pub const CHUNK_VALUES: usize = 1 << 24;
+
 /// What a backend is, in words and numbers.
 #[derive(Clone, Debug)]
 pub struct BackendInfo {
@@ -43,6 +46,9 @@ pub struct BackendInfo {
     pub activations: Vec<DType>,
     /// Tokens between two states that the scan saves for its backward.
     pub scan_chunk: usize,
+    /// Values of a chunk of logits, at most, where a chunk has more than a few rows: more make larger products, and take more
+    /// memory.
+    pub chunk_values: usize,
     /// Whether a token's logits are the same bits however its sequence is cut into calls and whatever shares them.
     pub batch_invariant: bool,
 }

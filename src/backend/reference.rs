@@ -37,6 +37,7 @@ impl Reference {
             activations: vec![DType::F32],
             // Backward starts from the segment's first state.
             scan_chunk: usize::MAX,
+            chunk_values: crate::backend::CHUNK_VALUES,
             batch_invariant: false,
         };
         Reference { info, memory: Mutex::new(HostMemory::new("reference", WeightOrder::Rows)) }

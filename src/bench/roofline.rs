@@ -222,7 +222,7 @@ fn forward(config: &ModelConfig, tokens: usize) -> Work {
 
 /// A step of distillation: the teacher forward, the student forward, and backward, whose products are two for each of forward's
 /// and five for attention's two.
-fn distillation(teacher: &ModelConfig, student: &ModelConfig, tokens: usize) -> Work {
+pub fn distillation(teacher: &ModelConfig, student: &ModelConfig, tokens: usize) -> Work {
     let dense = 2.0 * products(student) * tokens as f64;
     let student = forward(student, tokens).flops;
     let scores = student - dense;

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::card;
 use super::shapes::random_model;
 use super::yardstick::Gemm;
-use super::{Error, Result};
+use super::{Error, Result, roofline};
 use crate::backend::ops::{LossWeights, Scaling};
 use crate::backend::{DType, Device};
 use crate::model::LossKind;
@@ -70,6 +70,8 @@ pub struct Report {
     pub gemm_threads: usize,
     /// The former over the latter.
     pub share_of_gemm: f64,
+    /// The time that the products of the step alone ([`roofline::distillation`]) need at that rate, over its own.
+    pub share_of_floor: f64,
     /// The most bytes of device buffers at a time.
     pub peak_bytes: usize,
 }
@@ -110,6 +112,7 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
     }
     let student_parameters = trainer.model().config().parameter_count();
     let tokens_per_second = step.tokens as f64 / seconds;
+    let floor = roofline::distillation(config, trainer.model().config(), step.tokens).flops / gemm_gflops / 1e9;
     let gflops = FLOP * student_parameters as f64 * tokens_per_second / 1e9;
     Ok(Report {
         mamba: step.mamba,
@@ -123,6 +126,7 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
         gemm_gflops,
         gemm_threads: if gemm.is_some() { step.threads } else { 0 },
         share_of_gemm: gflops / gemm_gflops,
+        share_of_floor: floor / seconds,
         peak_bytes: device.take_peak_bytes(),
     })
 }

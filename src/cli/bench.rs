@@ -83,6 +83,9 @@ struct TrainArguments {
     /// arithmetic, smollm2-135m or apriel-15b.
     #[arg(long, value_name = "SHAPE", default_value = "smollm2-135m")]
     shape: Shape,
+    /// Layers, where they are not to be the shape's.
+    #[arg(long, value_name = "N")]
+    layers: Option<NonZeroUsize>,
     /// Mamba layers of the student [default: half]
     #[arg(long, value_name = "N")]
     mamba: Option<usize>,
@@ -260,7 +263,10 @@ fn heading(device: &Device, limits: &Limits) -> String {
 }
 
 fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
-    let config = arguments.shape.config();
+    let mut config = arguments.shape.config();
+    if let Some(layers) = arguments.layers {
+        config.blocks = vec![BlockKind::Attention; layers.get()];
+    }
     let device = arguments.device.open()?;
     let step = Step {
         mamba: arguments.mamba.unwrap_or(config.num_hidden_layers() / 2),
@@ -304,7 +310,8 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
     };
     print(&format!(
         "{} ({})\n{}, {} of {} layers Mamba, {} parameters, {} tokens, recompute {}\n\n{}\n{:.1} tokens/s: 8 FLOP a \
-         parameter and token make {:.1} GFLOP/s, {:.1}% of {held_against}",
+         parameter and token make {:.1} GFLOP/s, {:.1}% of {held_against}; \
+         {:.1}% of it by the products that there are",
         device.info().name,
         device.info().device,
         arguments.shape.name(),
@@ -317,6 +324,7 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
         report.tokens_per_second,
         report.gflops,
         100.0 * report.share_of_gemm,
+        100.0 * report.share_of_floor,
     ))
 }
 

@@ -81,6 +81,8 @@ pub struct StepShape {
     pub trained: Trained,
     /// Tokens between two states that the scan keeps.
     pub scan_chunk: usize,
+    /// Values of a chunk of logits.
+    pub chunk_values: usize,
 }
 
 /// The memory of a distillation step.
@@ -107,7 +109,7 @@ pub fn memory(teacher: &ModelConfig, student: &ModelConfig, step: StepShape) -> 
     });
     // The residual stream before each block and after the last, what blocks keep, and two streams and a block of gradients.
     let backward = (layers + 1 + 2) * student.hidden_size + saved + shared_width(student);
-    let chunk = chunk_rows(student.vocab_size, step.tokens) as u64;
+    let chunk = chunk_rows(step.chunk_values, student.vocab_size, step.tokens) as u64;
     let (student_rows, teacher_rows) = (4 * student.hidden_size as u64, 2 * teacher.hidden_size as u64);
     Memory {
         teacher: teacher.parameter_count() * size,

@@ -10,7 +10,7 @@ use super::config::Config;
 use super::cost::{self, Memory, StepShape};
 use super::importance::Method;
 use crate::backend::ops::Linear;
-use crate::backend::{DType, Device, Order, Out, padded_rows};
+use crate::backend::{CHUNK_VALUES, DType, Device, Order, Out, padded_rows};
 use crate::hybrid::{Conversion, Init, LayerSet};
 use crate::model::config::{BlockKind, ModelConfig};
 use crate::report::table::{Align, Table};
@@ -265,6 +265,7 @@ fn stage(
         recompute: config.recompute,
         trained: config.trained_of(index),
         scan_chunk: SCAN_CHUNK,
+        chunk_values: CHUNK_VALUES,
     };
     let memory = cost::memory(teacher, &student, step);
     let masters = if dtype == DType::F32 { 0 } else { 4 * parameters };

@@ -9,14 +9,12 @@ use crate::backend::ops::{
 };
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Largest, Out, Result, View};
 
-/// Values of a chunk of logits, at most, where a chunk has more than a few rows.
-const CHUNK_VALUES: usize = 1 << 24;
 /// Rows that a chunk has whatever the vocabulary.
 const CHUNK_ROWS: usize = 64;
 
-/// Rows of a chunk of logits over `vocabulary`, for calls of up to `rows` rows.
-pub fn chunk_rows(vocabulary: usize, rows: usize) -> usize {
-    (CHUNK_VALUES / vocabulary.max(1) / CHUNK_ROWS * CHUNK_ROWS).max(CHUNK_ROWS).min(rows.max(1))
+/// Rows of a chunk of at most about `values` logits over `vocabulary`, for calls of up to `rows` rows.
+pub fn chunk_rows(values: usize, vocabulary: usize, rows: usize) -> usize {
+    (values / vocabulary.max(1) / CHUNK_ROWS * CHUNK_ROWS).max(CHUNK_ROWS).min(rows.max(1))
 }
 
 /// Chosen rows of a residual stream, through the last norm.
@@ -177,7 +175,7 @@ impl LossHead {
             let what = format!("the teacher has {} tokens, the student {}", other.vocab_size, config.vocab_size);
             return Err(Error::Argument { op: "head loss", what });
         }
-        let chunk = chunk_rows(config.vocab_size, rows);
+        let chunk = chunk_rows(device.info().chunk_values, config.vocab_size, rows);
         let of = |rows, width| Rows::new(device, DType::F32, rows, width);
         let column = |dtype| Column::new(device, dtype, rows);
         let stored = model.gradients();

@@ -87,6 +87,7 @@ pub fn device_with(threads: Option<NonZeroUsize>, simd: Simd) -> Result<Device> 
         dtypes: vec![DType::F32, DType::Bf16, DType::F16],
         activations: vec![DType::F32],
         scan_chunk: SCAN_CHUNK,
+        chunk_values: crate::backend::CHUNK_VALUES,
         batch_invariant: true,
     };
     Ok(Device::new(Cpu { info, simd, pool, state: Mutex::new(state) }))

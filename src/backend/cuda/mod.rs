@@ -32,7 +32,9 @@ use rayon::prelude::*;
 use call::{Buffer, Call, Recorded, State, padding};
 use driver::{Driver, Limits};
 
-use super::{BackendInfo, BufferId, DType, Device, Error, HostSlice, Largest, Readback, RecordingId, Result, View};
+use super::{
+    BackendInfo, BufferId, CHUNK_VALUES, DType, Device, Error, HostSlice, Largest, Readback, RecordingId, Result, View,
+};
 
 /// The backend over a driver.
 struct Cuda {
@@ -65,6 +67,7 @@ fn over(driver: Box<dyn Driver>) -> Device {
         dtypes: vec![DType::F32, DType::F16, DType::Bf16],
         activations: vec![DType::F32, DType::F16, DType::Bf16],
         scan_chunk: mixers::SCAN_CHUNK,
+        chunk_values: (driver.limits().memory_bytes / 128).clamp(CHUNK_VALUES, 1 << 29),
         batch_invariant: false,
     };
     Device::new(Cuda { info, driver, state: Mutex::default() })

@@ -90,6 +90,7 @@ impl Adapter {
             dtypes,
             activations: vec![DType::F32],
             scan_chunk: SCAN_CHUNK,
+            chunk_values: crate::backend::CHUNK_VALUES,
             batch_invariant: options.batch_invariant,
         };
         Ok((Device::new(Wgpu { info, gpu: Mutex::new(gpu) }), counters))

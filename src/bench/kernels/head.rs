@@ -14,7 +14,7 @@ const PARAMETERS: usize = 1 << 24;
 /// Statistics, gradient and choices of one chunk.
 pub(super) fn head(bench: &mut Bench<'_>) -> Result<()> {
     let (device, vocabulary) = (bench.device, bench.config.vocab_size);
-    let rows = chunk_rows(vocabulary, bench.tokens);
+    let rows = chunk_rows(bench.device.info().chunk_values, vocabulary, bench.tokens);
     let (student, teacher) = (bench.numbers(rows, vocabulary)?, bench.numbers(rows, vocabulary)?);
     let (statistics, losses) = (bench.results(rows, STATISTICS)?, bench.results(rows, 3)?);
     let (row_weights, chosen) = (bench.numbers(1, rows)?, device.alloc(DType::U32, 1, rows)?);
