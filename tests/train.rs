@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use h1::backend::cuda::emulated::{self, Emulation};
-use h1::backend::ops::{LossWeights, Scaling};
+use h1::backend::ops::{LossWeights, Scale, Scaling};
 use h1::backend::reference::Reference;
-use h1::backend::{DType, Device, cpu};
+use h1::backend::{self, DType, Device, View, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
 use h1::model::head::LossKind;
 use h1::model::parameters::Space;
 use h1::text::packing::{Batch, NO_LABEL, Segment};
+use h1::train::group::Group;
 use h1::train::optimizer::{AdamWOptions, Kept, Trained};
 use h1::train::teacher::Teacher;
 use h1::train::trainer::{Divisor, Room, StepReport, TrainerOptions};
@@ -204,6 +205,38 @@ fn accumulated_batches_are_one_large_batch() {
         for ((name, a), (_, b)) in weights(&large).iter().zip(&weights(&small)) {
             close(a, b, 5e-4, name);
         }
+    }
+}
+
+/// Two members that have the same batches: a sum is twice what one of them has.
+struct Twins;
+
+impl Group for Twins {
+    fn sum(&self, device: &Device, buffer: View) -> backend::Result<()> {
+        device.scale(&Scale { factor: 2.0, x: buffer })
+    }
+
+    fn broadcast(&self, _device: &Device, _buffer: View) -> backend::Result<()> {
+        Ok(())
+    }
+
+    fn count(&self, number: usize) -> backend::Result<usize> {
+        Ok(2 * number)
+    }
+}
+
+#[test]
+fn two_members_with_the_same_batches_make_the_update_of_one() {
+    for device in devices() {
+        let [mut alone, mut twin] = [(); 2].map(|()| trainer(&device, options(Trained::All)));
+        twin.join(Twins).unwrap();
+        let reports = [&mut alone, &mut twin].map(|trainer| run(trainer, &whole("train-all")));
+        for (one, two) in reports[0].iter().zip(&reports[1]) {
+            assert_eq!((2 * one.tokens, 2 * one.counted), (two.tokens, two.counted));
+            assert_eq!((one.loss, one.gradient_norm), (two.loss, two.gradient_norm));
+        }
+        // Halves and doubles are exact.
+        assert!(weights(&alone) == weights(&twin));
     }
 }
 

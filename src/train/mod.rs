@@ -3,6 +3,7 @@
 pub mod config;
 mod error;
 mod fresh;
+pub mod group;
 pub mod job;
 pub mod optimizer;
 pub mod run;

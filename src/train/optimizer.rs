@@ -139,6 +139,11 @@ impl AdamW {
         })
     }
 
+    /// The gradients of what it trains, flat.
+    pub(super) fn gradients<'a>(&'a self, gradients: &'a Gradients) -> impl Iterator<Item = Result<View>> + 'a {
+        self.groups.iter().map(|group| gradients.space().range(group.part, &group.range))
+    }
+
     /// One update with learning rate `rate`; `step` counts from 1. In this order: the norm of all gradients, the factor
     /// `min(1, max_norm / (norm + 1e-6))`, decay, the update with its bias corrections. A norm that is not finite
     /// leaves weights and moments as they are.

@@ -3,12 +3,14 @@
 use std::time::Instant;
 
 use super::error::{Error, Result};
+use super::group::{Alone, Group};
 use super::optimizer::{AdamW, AdamWOptions, Trained};
 use super::teacher::Teacher;
 use crate::backend::ops::{Copy, LossWeights};
 use crate::backend::{Buffer, DType, Device, Out, Readback, Segments, View};
 use crate::model::decoder::{Activations, Keep, Model};
 use crate::model::head::{LossHead, LossKind, Targets};
+use crate::model::parameters::Part;
 use crate::model::weights::Gradients;
 use crate::text::packing::Batch;
 
@@ -135,6 +137,7 @@ pub struct Trainer {
     model: Model,
     teacher: Option<Teacher>,
     options: TrainerOptions,
+    group: Box<dyn Group>,
     room: Room,
     gradients: Gradients,
     optimizer: AdamW,
@@ -190,11 +193,27 @@ impl Trainer {
             model,
             teacher,
             options,
+            group: Box::new(Alone),
             room,
             gradients,
         };
         trainer.reserve(room.segments)?;
         Ok(trainer)
+    }
+
+    /// From now on one of a group: it begins with the weights of the group's first member, and with an optimiser that has
+    /// seen nothing.
+    ///
+    /// # Errors
+    /// When a member was lost.
+    pub fn join(&mut self, group: impl Group + 'static) -> Result<()> {
+        self.group = Box::new(group);
+        for part in [Part::Matrices, Part::Vectors] {
+            self.group.broadcast(self.model.device(), self.model.weights().part(part))?;
+        }
+        // Masters are the weights that there are now.
+        self.optimizer = AdamW::new(&self.model, &self.gradients, self.options.optimizer)?;
+        Ok(())
     }
 
     /// The model as it is now.
@@ -259,6 +278,7 @@ impl Trainer {
         let (tokens, counted) = batches
             .iter()
             .fold((0, 0), |(tokens, counted), batch| (tokens + batch.tokens(), counted + batch.counted_tokens()));
+        let (tokens, counted) = (self.group.count(tokens)?, self.group.count(counted)?);
         let divisor = match self.options.divisor {
             Divisor::Counted => counted,
             Divisor::All => tokens,
@@ -274,6 +294,10 @@ impl Trainer {
         }
         self.progress.step += 1;
         clock = Laps::new(touch);
+        for gradients in self.optimizer.gradients(&self.gradients) {
+            self.group.sum(&device, gradients?)?;
+        }
+        self.group.sum(&device, self.head.totals())?;
         self.optimizer.step(self.model.weights(), &self.gradients, rate, self.progress.step)?;
         self.seconds.optimizer += clock.lap()?;
         let numbers = self.numbers.view();
