@@ -220,10 +220,13 @@ fn steps_on_wgpu_are_a_number_of_dispatches_and_few_submissions() {
     decoder.step(&[5; 40], &segments(2, 20, 0), &[19, 39]);
     let token = handed(&mut || decoder.step(&[6; 2], &segments(2, 1, 20), &[0, 1]));
     let mut trainer = trainer(&device, 12, false);
+    trainer.compile_ahead(|_, _| {}).unwrap();
+    let made = counters.pipelines();
     let mut step = || {
         trainer.step(&batch(12), 1e-3).unwrap();
     };
     step();
+    assert_eq!(counters.pipelines(), made, "a pipeline that a step needs was not compiled ahead");
     let step = handed(&mut step);
     assert_eq!([token.0, step.0], [DISPATCHES_OF_A_TOKEN, DISPATCHES_OF_A_STEP]);
     assert!(token.1 <= 4 && step.1 <= 12, "submissions of a token and of a step: {} and {}", token.1, step.1);

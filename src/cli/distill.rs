@@ -135,6 +135,7 @@ impl Watcher for Progress {
     fn hear(&mut self, event: Event<'_>) {
         match event {
             Event::Tokens(progress) => (self.tokenising)(progress),
+            Event::Compiled { done, all } => self.bar.set_message(format!(", {done} of {all} kernels compiled")),
             Event::Scored { name, scores } => {
                 let kl = scores.teacher.as_ref().map_or(0.0, |teacher| teacher.reverse_kl);
                 let (loss, exact) = (scores.cross_entropy, 100.0 * scores.exact);

@@ -114,6 +114,10 @@ impl Watcher for Progress {
         interrupt::asked()
     }
 
+    fn compiled(&mut self, done: usize, all: usize) {
+        self.bar.set_message(format!(", {done} of {all} kernels compiled"));
+    }
+
     fn stepped(&mut self, report: &StepReport, seconds: f64) {
         self.tokens += report.tokens;
         self.seconds += seconds;

@@ -399,6 +399,10 @@ impl Observer for Looker<'_> {
         Record::from_iter([("stage".to_owned(), json!(self.stage + 1))])
     }
 
+    fn compiled(&mut self, done: usize, all: usize) {
+        self.watcher.hear(Event::Compiled { done, all });
+    }
+
     fn stepped(&mut self, report: &StepReport, _seconds: f64) {
         self.tokens += report.tokens as u64;
         self.watcher.hear(Event::Step { report, steps: self.steps });

@@ -12,6 +12,13 @@ use super::importance::Method;
 pub enum Event<'a> {
     /// Texts are turned into tokens.
     Tokens(Progress),
+    /// So many parts of so many that the device compiles for a stage are done.
+    Compiled {
+        /// How many.
+        done: usize,
+        /// Of how many.
+        all: usize,
+    },
     /// A model was scored.
     Scored {
         /// Which.

@@ -34,6 +34,8 @@ const MODEL: &str = "model";
 pub trait Watcher {
     /// Whether to stop after the present step.
     fn interrupted(&self) -> bool;
+    /// So many parts of so many that the device compiles before the first step are done.
+    fn compiled(&mut self, done: usize, all: usize);
     /// The numbers of a step came back; `seconds` is how long it took.
     fn stepped(&mut self, report: &StepReport, seconds: f64);
     /// The held-out documents were scored after `step`.
@@ -247,6 +249,10 @@ struct Scoring<'a> {
 impl Observer for Scoring<'_> {
     fn interrupted(&self) -> bool {
         self.watcher.interrupted()
+    }
+
+    fn compiled(&mut self, done: usize, all: usize) {
+        self.watcher.compiled(done, all);
     }
 
     fn stepped(&mut self, report: &StepReport, seconds: f64) {

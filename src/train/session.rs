@@ -70,6 +70,9 @@ pub trait Observer {
         false
     }
 
+    /// So many parts of so many that the device compiles before the first step are done.
+    fn compiled(&mut self, _done: usize, _all: usize) {}
+
     /// What every line of metrics says beside its numbers, such as the stage.
     fn label(&self) -> Record {
         Record::new()
@@ -104,6 +107,7 @@ pub fn train(
     if dtype_of(trainer.model()) == DType::F64 {
         return Err(Error::Configuration("a run of training cannot keep f64 weights; train with --dtype f32".into()));
     }
+    trainer.compile_ahead(|done, all| observer.compiled(done, all))?;
     let mut stretch = Stretch { run, plan, observer, tokens };
     let mut seconds = 0.0;
     let mut micro_batches = vec![Batch::default(); plan.accumulate.max(1)];

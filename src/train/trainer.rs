@@ -1,10 +1,12 @@
 //! One step of training after the other: forward, loss, backward over the micro-batches of a step, then the optimiser.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::error::{Error, Result};
 use super::group::{Alone, Group};
 use super::optimizer::{AdamW, AdamWOptions, Trained};
+use super::state::dtype_of;
 use super::teacher::Teacher;
 use crate::backend::ops::{Copy, LossWeights};
 use crate::backend::{Buffer, DType, Device, Out, Readback, Segments, View};
@@ -12,7 +14,7 @@ use crate::model::decoder::{Activations, Keep, Model};
 use crate::model::head::{LossHead, LossKind, Targets};
 use crate::model::parameters::Part;
 use crate::model::weights::Gradients;
-use crate::text::packing::Batch;
+use crate::text::packing::{Batch, Segment};
 
 /// What the summed losses of a step are divided by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -214,6 +216,36 @@ impl Trainer {
         // Masters are the weights that there are now.
         self.optimizer = AdamW::new(&self.model, &self.gradients, self.options.optimizer)?;
         Ok(())
+    }
+
+    /// Compiles what a step needs, where the device has anything to compile: by a step, without its effect, of a trainer like
+    /// this one. `progress` hears how many parts of how many are done.
+    ///
+    /// # Errors
+    /// When the device cannot make a step.
+    pub fn compile_ahead(&self, progress: impl FnMut(usize, usize)) -> Result<()> {
+        let mut rehearsed = Ok(());
+        let step = || {
+            rehearsed = self.rehearse();
+            Ok(())
+        };
+        self.device().compile_ahead(step, progress)?;
+        rehearsed
+    }
+
+    fn rehearse(&self) -> Result<()> {
+        let model = Model::new(self.device(), self.model.config().clone(), dtype_of(&self.model))?;
+        let teacher = self.teacher.as_ref().map(|teacher| Teacher::live(Arc::clone(teacher.model())));
+        let mut trainer = Trainer::new(model, teacher, self.options, self.room)?;
+        let len = self.room.tokens;
+        let batch = Batch {
+            ids: vec![0; len],
+            labels: vec![0; len],
+            counted: vec![true; len],
+            segments: vec![Segment { start: 0, len, document: 0 }],
+        };
+        trainer.step(&[batch], 0.0)?;
+        trainer.finish().map(drop)
     }
 
     /// The model as it is now.
