@@ -5,7 +5,7 @@
 // states with the C of eight tokens, of which each needs its own: the states count with 11 bits there, as C does, and the
 // sums are f32.
 //
-// Shared memory: scan16_bytes in mixers/scan.rs, 87 KiB for bf16. Macros: those of scan16.cuh, T_OUT.
+// Shared memory: scan16_bytes in mixers/scan.rs, 86 KiB for bf16. Macros: those of scan16.cuh, T_OUT.
 // Source: Gu and Dao, arXiv:2312.00752.
 #include "scan16.cuh"
 

@@ -8,7 +8,7 @@
 // (or dout·silu(z)) of the tokens, each in a column of its own. Sums over states, over the two halves of a warp and over
 // warps are left in shared memory for the preparing threads, which add them in order.
 //
-// Shared memory: scan16_backward_bytes in mixers/scan.rs, 138 KiB for bf16. Macros: those of scan16.cuh, T_DOUT, T_DU, T_DDELTA, T_DP.
+// Shared memory: scan16_backward_bytes in mixers/scan.rs, 134 KiB for bf16. Macros: those of scan16.cuh, T_DOUT, T_DU, T_DDELTA, T_DP.
 // Source: Gu and Dao, arXiv:2312.00752.
 #include "scan16.cuh"
 
