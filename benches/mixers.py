@@ -200,13 +200,13 @@ def segments_of(lengths, pasts=None):
 
 
 # ---------------------------------------------------------------- selective scan
-CHUNK = 32
+CHUNK = 16
 
 
 class Scan:
     """Sizes and tensors of one scan; projected holds z, B, C."""
 
-    def __init__(self, lengths, heads, groups_b, width=16, n=16, dtype=torch.bfloat16, seed=0, lanes=4, group=32, held=8, vector=1):
+    def __init__(self, lengths, heads, groups_b, width=16, n=16, dtype=torch.bfloat16, seed=0, lanes=8, group=16, held=16, vector=1, of16=True):
         g = torch.Generator(device=DEV).manual_seed(seed)
         rand = lambda *s: torch.randn(*s, generator=g, device=DEV)
         self.lengths, self.n, self.heads, self.groups_b, self.dtype = lengths, n, heads, groups_b, dtype
@@ -224,7 +224,7 @@ class Scan:
         self.out = torch.empty_like(self.u)
         self.run = width
         self.lanes = lanes
-        self.group, self.held = group, held
+        self.group, self.held, self.of16 = group, held, of16 and n == 16 and width == 16 and dtype != torch.float32
         self.defines = dict(T_U=CTYPE[dtype], T_DELTA=CTYPE[dtype], T_P=CTYPE[dtype], T_OUT=CTYPE[dtype], D_STATE=n, LANES=self.lanes, TILE=16, VECTOR=vector, GROUP=self.group)
         self.tiles = heads * (-(-width // 16))
 
@@ -234,7 +234,17 @@ class Scan:
         return [R(self.u), R(self.delta), R(self.a), R(p, self.cols[1]), R(p, self.cols[2]), R(p, 0), P(self.d), P(self.bias), I(1),
                 P(self.table), L(self.t), I(self.run), I(per_b), I(per_c), Rows(0, 0), L(0)]
 
+    def typed(self, *names):
+        return {name: CTYPE[self.dtype] for name in names}
+
     def forward(self, save=True):
+        if self.of16:
+            k = kernel("selective_scan16.cu", "selective_scan16", **self.typed("T_U", "T_DELTA", "T_P", "T_OUT"))
+            saved = [R(self.saved), L(self.rows)] if save else [Rows(0, 0), L(0)]
+            a = self.inputs() + [Rows(0, 0), L(0)] + saved + [R(self.out), I(self.tiles)]
+            run = lambda: k((-(-self.tiles // 2), len(self.lengths)), (384,), 4 * (288 * 16 + 2 * 16 * 144 + 2 * 32 * 80) + 3 * 128 * 8 * 5 * self.u.element_size(), a)
+            run.info = k.info
+            return run
         k = kernel("selective_scan.cu", "selective_scan", **self.defines)
         pad = (self.n + self.lanes - 1) // self.lanes * self.lanes
         size = self.u.element_size()
@@ -249,7 +259,11 @@ class Scan:
         x = CTYPE[self.dtype]
         defs = {**self.defines, **dict(T_DOUT=x, T_DU=x, T_DDELTA=x, T_DP=x, GROUP=self.held)}
         defs.pop("T_OUT")
-        k = kernel("selective_scan_backward.cu", "selective_scan_backward", **defs)
+        if self.of16:
+            names = ("T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP")
+            k = kernel("selective_scan16_backward.cu", "selective_scan16_backward", **self.typed(*names))
+        else:
+            k = kernel("selective_scan_backward.cu", "selective_scan_backward", **defs)
         ksum = kernel("scan_sums.cu", "scan_group_sum", T_DP=x)
         kseg = kernel("scan_sums.cu", "scan_segment_sum", T_DP=x)
         s, n, ch = len(self.lengths), self.n, self.ch
@@ -266,11 +280,15 @@ class Scan:
         a = self.inputs() + [R(self.saved), L(self.rows), R(self.dout), Rows(0, 0), L(0), R(self.du), R(self.ddelta), R(self.dp, 0),
                              R(self.dp, self.cols[1]), R(self.dp, self.cols[2]), P(self.pb), P(None), P(self.pa), P(self.pd), I(ch),
                              Rows(0, 0), L(0)]
+        grid, threads = (self.tiles, s), 16 * self.lanes
+        if self.of16:
+            a.append(I(self.tiles))
+            grid, threads, shared = (-(-self.tiles // 2), s), 256, 4 * (288 * (8 + 4 + 3 * 16) + 2 * 8 * 144 + 2 * 8 * 528) + 3 * 128 * (16 + 4 * 6 * self.u.element_size())
         asum = [P(self.pb), L(self.t), I(self.tiles), I(group), I(n), R(self.dp, self.cols[1])]
         aseg = [P(self.pa), P(self.pd), P(self.table), I(s), L(self.t), I(ch), I(n), R(self.da), P(self.dd), P(self.dbias)]
 
         def run():
-            k((self.tiles, s), (16 * self.lanes,), shared, a)
+            k(grid, (threads,), shared, a)
             if group > 1:
                 ksum((self.t, 1), (256,), 0, asum)
             kseg(((ch * (n + 2) + 255) // 256,), (256,), 0, aseg)
@@ -300,7 +318,7 @@ class Scan:
 
 def scan():
     print("selective scan: correctness")
-    small = [(dict(lengths=[70, 1, 33], heads=4, groups_b=2), torch.bfloat16, 2e-2), (dict(lengths=[130], heads=2, groups_b=2), torch.float32, 3e-5),
+    small = [(dict(lengths=[70, 1, 33], heads=4, groups_b=2), torch.bfloat16, 2e-2), (dict(lengths=[70, 16, 33], heads=3, groups_b=3), torch.bfloat16, 2e-2), (dict(lengths=[130], heads=2, groups_b=2), torch.float32, 3e-5),
              (dict(lengths=[65, 64], heads=4, groups_b=1), torch.float16, 3e-3),
              (dict(lengths=[37], heads=2, groups_b=1, lanes=8, group=16, held=4), torch.float32, 3e-5)]
     if not args.emulate:
@@ -326,21 +344,19 @@ def scan():
                 print(f"  {CTYPE[dtype]:5} groups {groups:3} {str(lengths[:2])[:-1] + (', …]' if len(lengths) > 2 else ']'):14} forward {time_us(f):7.0f} µs, saving {time_us(fs):7.0f} µs, "
                       f"backward {time_us(b, 5):7.0f} µs   regs {f.info().get('regs')}/{b.info().get('regs')} local {f.info().get('local')}/{b.info().get('local')}", flush=True)
                 del s, f, fs, b
-    print("selective scan: variants, bf16, groups 256, [16384]")
-    for lanes, group in ((4, 32), (4, 16), (4, 8), (8, 32), (8, 16), (8, 8)):
-        f = Scan([16384], 256, 256, lanes=lanes, group=group).forward(False)
-        print(f"  forward lanes {lanes} group {group:2}: {time_us(f):7.0f} µs  {f.info()}", flush=True)
-    for lanes, held in ((4, 8), (4, 4), (4, 16), (8, 16), (8, 8), (8, 4)):
-        s = Scan([16384], 256, 256, lanes=lanes, held=held)
-        s.forward(True)()
+    print("selective scan: the kernels for any number of states, bf16, groups 256, [16384]")
+    for lanes, group in ((4, 16), (8, 16)):
+        s = Scan([16384], 256, 256, lanes=lanes, group=group, held=16 if lanes == 8 else 8, of16=False)
+        f = s.forward(True)
+        us = time_us(f)
         b = s.backward()
-        print(f"  backward lanes {lanes} group {held:2}: {time_us(b, 5):7.0f} µs  {b.info()}", flush=True)
+        print(f"  lanes {lanes}: forward {us:.0f} µs, backward {time_us(b, 5):.0f} µs  {f.info()} {b.info()}", flush=True)
 
 
 # ---------------------------------------------------------------- convolution
 def conv():
     print("conv1d: correctness, then time (16384 × 1024 to 4096, 4 taps)")
-    for lengths, ci, head, dtype, tol in (([130], 32, 16, torch.float32, 1e-5), ([1, 2, 66, 3, 62], 40, 20, torch.float32, 1e-5), ([64, 9], 80, 40, torch.bfloat16, 2e-2),
+    for lengths, ci, head, dtype, tol in (([130], 32, 16, torch.float32, 1e-5), ([1, 2, 66, 3, 62], 40, 20, torch.float32, 1e-5), ([1, 2, 66, 3, 62], 45, 15, torch.float32, 1e-5), ([64, 9], 80, 40, torch.bfloat16, 2e-2),
                                           ([100], 96, 16, torch.bfloat16, 2e-2), ([2048], 1024, 16, torch.bfloat16, 2e-2), ([16384], 1024, 16, torch.bfloat16, None)):
         t, rep, w = sum(lengths), 4, 4
         if args.emulate and t > 1000:
@@ -363,7 +379,7 @@ def conv():
         forward = lambda: k((blocks, (ci * rep + 127) // 128), (128,), 0, a)
 
         def backward():
-            kb((blocks, -(-ci // (32 // head * head)) if head <= 32 else ci // head * -(-head // 32)), (128,), 4 * (64 + w - 1 + w + 1) * rep * 32, ab)
+            kb((blocks, -(-ci // 128)), (128,), 0, ab)
             ks(((ci * rep * (w + 1) + 255) // 256,), (256,), 0, asum)
 
         if tol is None:

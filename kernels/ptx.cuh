@@ -85,6 +85,15 @@ H1_DEVICE void copy_async(SharedAddress to, const void* from, bool valid) {
 #endif
 }
 
+// The same of 8 bytes, at multiples of 8.
+H1_DEVICE void copy_async_8(SharedAddress to, const void* from, bool valid) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0));
+#else
+    emulate::copy_later(to, from, valid ? 8 : 0, valid ? 0 : 8);
+#endif
+}
+
 // Closes a group of the copies started by this thread since the last one.
 H1_DEVICE void commit_copies() {
 #ifdef __CUDACC__
@@ -213,6 +222,47 @@ H1_DEVICE unsigned pack_f16(float low, float high) {
     return f16_bits(low) | static_cast<unsigned>(f16_bits(high)) << 16;
 #endif
 }
+
+#ifndef __CUDACC__
+struct Tf32Product {
+    const float* a;
+    const float* b;
+    float* c;
+};
+
+// The product leaves out the low 13 bits of its inputs.
+inline float tf32_value(float value) { return std::bit_cast<float>(std::bit_cast<unsigned>(value) & 0xffffe000u); }
+
+inline void multiply_tf32_in_warp(Tf32Product* const* lanes, unsigned) {
+    float a[16][8], b[8][8];
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        for (unsigned i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32_value(lanes[lane]->a[i]);
+        for (unsigned i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = tf32_value(lanes[lane]->b[i]);
+    }
+    for (unsigned lane = 0; lane < 32; ++lane)
+        for (unsigned i = 0; i < 4; ++i)
+            for (unsigned k = 0; k < 8; ++k)
+                lanes[lane]->c[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+}
+#endif
+
+// c += a·b of a warp, of f32 of which a and b count with 10 bits after the first: a 16 × 8, b 8 × 8. Lane l has of c what
+// `multiply_bf16` says; of a column l % 4 of rows l / 4 and l / 4 + 8, then column l % 4 + 4 of both; of b rows l % 4 and
+// l % 4 + 4 of column l / 4.
+H1_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                   "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#else
+    Tf32Product mine{a, b, c};
+    emulate::together<Tf32Product>(0xffffffffu, mine, multiply_tf32_in_warp);
+#endif
+}
+
+// To the nearest value that `multiply_tf32` counts, halves away from 0.
+H1_DEVICE float tf32_of(float value) { return __uint_as_float(__float_as_uint(value) + 0x1000u); }
 
 // Writes 16 bytes to shared memory.
 H1_DEVICE void store_shared(SharedAddress to, unsigned a, unsigned b, unsigned c, unsigned d) {

@@ -12,7 +12,7 @@
 // Tokens that are in shared memory at a time.
 #define STEPS 32
 // Tokens between two saved states, counted from the start of a segment.
-#define SCAN_CHUNK STEPS
+#define SCAN_CHUNK 16
 #define STATES ((D_STATE + LANES - 1) / LANES)
 #define PADDED (STATES * LANES)
 #define THREADS (TILE * LANES)
@@ -51,12 +51,14 @@ struct Tile {
     }
 };
 
-// ln(1 + exp(x)) to a few units in the last place, without a branch. With e = exp(−|x|) it is max(x, 0) + ln(1 + e), and
-// ln(1 + e) = 2·artanh(q) of q = e / (2 + e) ≤ 1/3, by a minimax polynomial in q².
+// ln(1 + exp(x)) to a few units in the last place, without a branch or a division. With e = exp(−|x|) it is
+// max(x, 0) + ln(1 + e), and ln(1 + e) / e is a minimax polynomial of e in 0..1.
 H1_DEVICE float softplus_of(float x) {
-    float e = exp2_fast(-LOG2_E * fabsf(x)), q = __fdividef(e, 2.0f + e), q2 = q * q;
-    float series = fmaf(fmaf(fmaf(fmaf(0.13433774f, q2, 0.14116978f), q2, 0.20003835f), q2, 0.3333332f), q2, 1.0f);
-    return fmaf(2.0f * q, series, fmaxf(x, 0.0f));
+    float e = exp2_fast(-LOG2_E * fabsf(x)), series = 0.00523250317f;
+    series = fmaf(fmaf(fmaf(series, e, -0.0295044724f), e, 0.0782247037f), e, -0.136631399f);
+    series = fmaf(fmaf(fmaf(series, e, 0.191059574f), e, -0.248429701f), e, 0.333190948f);
+    series = fmaf(fmaf(series, e, -0.499994934f), e, 0.99999994f);
+    return fmaf(e, series, fmaxf(x, 0.0f));
 }
 
 // `count` of `N` values of a row; the others are 0.

@@ -8,7 +8,7 @@
 // Every SCAN_CHUNK tokens the state is saved for backward.
 //
 // Shared memory: forward_shared_bytes in mixers/scan.rs, 28 KiB for D_STATE 16 and bf16.
-// Macros: those of scan.cuh, T_OUT, GROUP (a power of two, at most STEPS).
+// Macros: those of scan.cuh, T_OUT, GROUP (a power of two, at most SCAN_CHUNK).
 // Source: Gu and Dao, arXiv:2312.00752; one block a head: the floors of this scan.
 #include "scan.cuh"
 
@@ -101,14 +101,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         widen(shared_b, stage.b);
         widen(shared_c, stage.c);
-        if (saved.data) {
-            long long row = segment.start / SCAN_CHUNK + blockIdx.y + done / SCAN_CHUNK;
-            store_states(saved.row(row), channel, lane * STATES, valid && row < saved_rows, state);
-        }
         __syncthreads();
         fetch(done + STAGES * STEPS, stage);
 #pragma unroll 1
         for (int group = 0; group < rows; group += GROUP) {
+            if (saved.data && group % SCAN_CHUNK == 0) {
+                long long row = segment.start / SCAN_CHUNK + blockIdx.y + (done + group) / SCAN_CHUNK;
+                store_states(saved.row(row), channel, lane * STATES, valid && row < saved_rows, state);
+            }
             float shares[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {

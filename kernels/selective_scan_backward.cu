@@ -2,7 +2,7 @@
 // state runs backwards in time: h += g·C, then dC += g·s_t, w = h·e·s_{t−1}, dA += dt·w, ddt = Σ_m (A·w + h·B·u),
 // du = dt·Σ_m h·B + g·D, dB += dt·u·h, and it goes on as h·e. dz needs the ungated output, which is computed again.
 //
-// A block has one segment and one tile of channels (scan.cuh) and takes chunks of SCAN_CHUNK tokens from the last to the
+// A block has one segment and one tile of channels (scan.cuh) and takes chunks of STEPS tokens from the last to the
 // first, with those before on their way into shared memory. It runs through a chunk from the saved state and leaves the
 // state before every token in shared memory; then it goes back, GROUP tokens in one stretch of code, so that all but
 // the steps of h can overlap. Sums over states go through the lanes of a channel; sums over channels through the lanes
@@ -93,8 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
     long long saved_first = segment.start / SCAN_CHUNK + blockIdx.y;
     auto load_saved = [&](long long chunk, float* to) {
-        bool there = chunk >= 0 && saved_first + chunk < saved_rows;
-        load_states(saved.row(there ? saved_first + chunk : 0), channel, lane * STATES, valid && there, 1.0f, to);
+        long long row = saved_first + chunk * (STEPS / SCAN_CHUNK);
+        bool there = chunk >= 0 && row < saved_rows;
+        load_states(saved.row(there ? row : 0), channel, lane * STATES, valid && there, 1.0f, to);
     };
     long long last_chunk = (segment.len - 1) / STEPS;
     float state[STATES], next_state[STATES];

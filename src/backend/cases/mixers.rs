@@ -313,14 +313,16 @@ impl Scan {
         let tokens = segments.tokens();
         let d_state = if d_state > 0 { d_state } else { t.size(33) };
         let groups = (t.one_of(&[1, 2, 4]), t.one_of(&[1, 2, 4]));
-        let channels = groups.0.max(groups.1) * t.size(40);
+        let in_tiles = t.in_tiles() && d_state == 16;
+        let channels = groups.0.max(groups.1) * if in_tiles { t.one_of(&[16, 32, 48]) } else { t.size(40) };
+        let gaps = if in_tiles { [0, 0, 8, 16] } else { [0, 0, 1, 16] };
         let widths = [groups.0 * d_state, groups.1 * d_state, channels];
         // B, C and z in any order, with columns between them that must not be read.
         let mut columns = [0; 3];
-        let mut cols = t.one_of(&[0, 3]);
+        let mut cols = if in_tiles { t.one_of(&[0, 8]) } else { t.one_of(&[0, 3]) };
         for part in t.permutation(3) {
             columns[part] = cols;
-            cols += widths[part] + t.one_of(&[0, 0, 1, 16]);
+            cols += widths[part] + t.one_of(&gaps);
         }
         let gated = t.one_of(&[true, true, false]);
         let parts = if gated { 3 } else { 2 };

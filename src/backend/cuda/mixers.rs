@@ -44,6 +44,9 @@ pub(super) fn variants() -> Vec<ModuleKey> {
         }
     }
     for of in &types[1..] {
+        all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT"], *of, &[]));
+        let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
+        all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &[]));
         for head_dim in [64, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
             for (warps, tiles) in [(4, 2), (1, 1)] {
                 let more = [head_dim, ("WARPS", Value::Number(warps)), ("M_TILES", Value::Number(tiles))];

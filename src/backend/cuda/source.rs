@@ -45,6 +45,7 @@ sources! {
     ROWS_OF: "rows_of.cuh";
     CONV: "conv1d.cuh";
     SCAN: "scan.cuh";
+    SCAN16: "scan16.cuh";
     KEYS: "attention.cuh";
     TILES: "attention_mma.cuh";
     EMBED: "embed.cu";
@@ -64,6 +65,8 @@ sources! {
     CONV1D_BACKWARD: "conv1d_backward.cu";
     SELECTIVE_SCAN: "selective_scan.cu";
     SELECTIVE_SCAN_BACKWARD: "selective_scan_backward.cu";
+    SELECTIVE_SCAN16: "selective_scan16.cu";
+    SELECTIVE_SCAN16_BACKWARD: "selective_scan16_backward.cu";
     SCAN_SUMS: "scan_sums.cu";
     ATTENTION: "attention.cu";
     ATTENTION_BACKWARD: "attention_backward.cu";
@@ -72,7 +75,7 @@ sources! {
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 7] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS, &TILES];
+pub static HEADERS: [&Source; 8] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &SCAN16, &KEYS, &TILES];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

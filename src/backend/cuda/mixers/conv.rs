@@ -7,8 +7,6 @@ use crate::backend::{Largest, Result, ops};
 
 /// Rows that a block takes, CONV_ROWS of the kernels.
 const ROWS: usize = 64;
-/// Input channels that a block of the backward takes, CONV_CHANNELS there.
-const CHANNELS: usize = 32;
 /// Threads of a block.
 const THREADS: usize = 128;
 
@@ -72,19 +70,10 @@ pub(in crate::backend::cuda) fn conv1d_backward(c: &mut Call, op: &ops::Conv1dBa
     let arguments = arguments.size(x.rows).int(filters).int(head).int(shape.repeat_first.into());
     let arguments = arguments.maybe_place(state_in).size(slots).place(&dout);
     let arguments = arguments.maybe_place(dstate_out).size(dstate_slots).place(&dx).pointer(partial);
-    let columns = shape.repeat.saturating_mul(CHANNELS);
-    let shared_bytes = (4 * (ROWS + shape.width - 1 + shape.width + 1)).saturating_mul(columns);
-    if shared_bytes + 1024 > c.limits().shared_bytes {
-        return Err(c.unsupported("a convolution", format!("{} taps after {} repeats", shape.width, shape.repeat)));
-    }
-    let tiles = match CHANNELS / shape.head * shape.head {
-        0 => shape.channels_in / shape.head * shape.head.div_ceil(CHANNELS),
-        whole => shape.channels_in.div_ceil(whole),
-    };
-    let tiles = c.int("tiles", tiles)?;
-    let grid = [c.int("row blocks", row_blocks)?, tiles, 1];
-    let by_tiles = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: shared_bytes as u32 };
-    c.launch((&source::CONV1D_BACKWARD, "conv1d_backward"), &defines, by_tiles, &arguments)?;
+    let column_blocks = shape.channels_in.div_ceil(THREADS);
+    let grid = [c.int("row blocks", row_blocks)?, c.int("column blocks", column_blocks)?, 1];
+    let by_columns = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: 0 };
+    c.launch((&source::CONV1D_BACKWARD, "conv1d_backward"), &defines, by_columns, &arguments)?;
 
     if dweight.is_some() || dbias.is_some() {
         let arguments = Arguments::new().pointer(partial).int(row_blocks as u32).int(filters);

@@ -1,4 +1,5 @@
-//! The scan's launches: `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`.
+//! The scan's launches: `kernels/selective_scan16.cu` and `kernels/selective_scan16_backward.cu` for channels as in the m2
+//! layer stored in 16 bits, for others `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`.
 
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
@@ -6,9 +7,28 @@ use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
 /// Tokens between two states that forward saves for backward, counted from the start of a segment.
-pub(in crate::backend::cuda) const SCAN_CHUNK: usize = STEPS;
+pub(in crate::backend::cuda) const SCAN_CHUNK: usize = 16;
 /// Tokens that are in shared memory at a time, STEPS of the kernels.
 const STEPS: usize = 32;
+/// Channels of a tile of the kernels for 16 states, tiles of a block, chunks that are on their way to shared memory, and
+/// the preparing threads of a block: TILE, TILES, COMING and TILES·THREADS there.
+const TILE16: usize = 16;
+const TILES16: usize = 2;
+const COMING: usize = 3;
+const PREPARING16: usize = 128;
+
+/// Bytes of shared memory of a block of `selective_scan16`: its parts for two chunks, and the coming ones; `row` of a
+/// channel's values and `projected` of a value of B and C.
+fn scan16_bytes(row: usize, projected: usize) -> usize {
+    let a_chunk = 288 * STEPS / 2 + 2 * 144 * STEPS / 2 + 2 * 80 * STEPS;
+    2 * TILES16 * a_chunk + COMING * PREPARING16 * (STEPS / 4) * (row + 2 * projected)
+}
+
+/// The same for its backward, with saved states.
+fn scan16_backward_bytes(row: usize, projected: usize) -> usize {
+    let a_chunk = 288 * (SCAN_CHUNK / 2 + SCAN_CHUNK / 4 + 3 * SCAN_CHUNK) + (2 * 144 + 2 * 528) * SCAN_CHUNK / 2;
+    2 * TILES16 * a_chunk + COMING * PREPARING16 * ((SCAN_CHUNK / 4) * (row + 2 * projected) + 16)
+}
 
 /// How a tile of channels lies in a block.
 #[derive(Clone, Copy)]
@@ -104,8 +124,8 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Tokens that forward takes in one stretch of code: all of STEPS, or few where most segments have a token or two.
-const GROUPS: [usize; 2] = [STEPS, 4];
+/// Tokens that forward takes in one stretch of code: those between two saved states, or few where most segments have a token or two.
+const GROUPS: [usize; 2] = [SCAN_CHUNK, 4];
 
 /// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
 /// the most of each kind.
@@ -114,7 +134,7 @@ pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
     let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"];
     let both = |(d_state, lanes, tile, vector)| {
         let backward = if vector == 1 { 16 } else { 4 };
-        [STEPS, backward]
+        [GROUPS[0], backward]
             .map(|group| names.into_iter().zip([d_state, lanes, tile, vector, group].map(Tiles::number)).collect())
     };
     layouts.into_iter().map(both).collect()
@@ -162,6 +182,24 @@ impl Inputs {
         columns_of.into_iter().flatten().map(move |col| matrix.columns(col, 0))
     }
 
+    /// Whether the kernels for 16 states take these, of which `stored` have no more bits than sums of theirs count with.
+    fn in_sixteens(&self, inputs: &ops::ScanInputs, places: &[Place], stored: &Place) -> bool {
+        let short = |place: &Place| place.dtype.size() == 2;
+        self.tiles.d_state == 16
+            && self.tiles.run.is_multiple_of(TILE16)
+            && inputs.softplus
+            && inputs.z_col.is_some()
+            && short(&self.projected)
+            && short(stored)
+            && places.iter().all(|place| place.alignment() >= 16)
+    }
+
+    /// The blocks of the kernels for 16 states.
+    fn shape16(&self, threads: u32, shared_bytes: usize) -> Shape {
+        let grid = [self.tiles.count.div_ceil(TILES16) as u32, self.segments.capacity as u32, 1];
+        Shape { grid, block: [threads, 1, 1], shared_bytes: shared_bytes as u32 }
+    }
+
     /// The macros of scan.cuh.
     fn defines(&self, vector: bool) -> [(&'static str, Value); 7] {
         let tiles = &self.tiles;
@@ -190,17 +228,25 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let out = c.floats("out", op.out)?;
     let mut places = vec![inputs.u, inputs.delta, out];
     places.extend(inputs.parts(&op.inputs, &inputs.projected));
-    let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
+    let arguments = inputs.arguments.clone().maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
+    let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
     let decoding = inputs.u.rows <= 2 * inputs.segments.capacity;
-    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(GROUPS[usize::from(decoding)]))]);
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
+    let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
+    if !decoding && inputs.in_sixteens(&op.inputs, &of_16, &out) {
+        let [of_u, of_delta, of_p, ..] = inputs.defines(true);
+        let arguments = arguments.int(inputs.tiles.count as u32);
+        let shape = inputs.shape16(384, scan16_bytes(row, projected));
+        let defines = [of_u, of_delta, of_p, ("T_OUT", out.of())];
+        return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
+    }
+    let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
+    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(GROUPS[usize::from(decoding)]))]);
     let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes(row, projected));
     if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
         return Err(c.unsupported("a scan", format!("{} states a channel", inputs.tiles.d_state)));
     }
-    let arguments = inputs.arguments.maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
-    let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
     c.launch((&source::SELECTIVE_SCAN, "selective_scan"), &defines, shape, &arguments)
 }
 
@@ -219,9 +265,12 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     places.extend(inputs.parts(&op.inputs, &inputs.projected).chain(inputs.parts(&op.inputs, &dprojected)));
     let vector = tiles.vector(&places);
     let group = tiles.backward_group(vector);
+    places.push(saved);
+    let in_sixteens = inputs.in_sixteens(&op.inputs, &places, &dprojected);
     let mut defines = inputs.defines(vector).to_vec();
     let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
-    defines.extend(types.map(|(name, place)| (name, place.of())));
+    let types_of_gradients = types.map(|(name, place)| (name, place.of()));
+    defines.extend(types_of_gradients);
     defines.push(("GROUP", Tiles::number(group)));
 
     let a_group = tiles.a_group();
@@ -234,19 +283,28 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let dc = dprojected.columns(op.inputs.c_col, op.inputs.groups_c * d_state);
     let dz = dprojected.columns(op.inputs.z_col.unwrap_or(0), channels);
 
-    let arguments = inputs.arguments.place(&saved).size(saved.rows).place(&dout).maybe_place(dstate_out);
+    let arguments = inputs.arguments.clone().place(&saved).size(saved.rows).place(&dout).maybe_place(dstate_out);
     let arguments = arguments.size(dstate_out.map_or(0, |state| state.rows)).place(&du).place(&ddelta).place(&dz);
     let arguments = arguments.place(&db).place(&dc).pointer(given_b).pointer(given_c).pointer(partial_a);
     let arguments = arguments.pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
     let arguments = arguments.size(dstate_in.map_or(0, |state| state.rows));
+    let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + dout.dtype.size() + projected;
-    let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
-    if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
-        return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
+    if in_sixteens {
+        let [of_u, of_delta, of_p, ..] = inputs.defines(true);
+        let defines = [&[of_u, of_delta, of_p], &types_of_gradients[..]].concat();
+        let arguments = arguments.int(tiles.count as u32);
+        let shape = inputs.shape16(256, scan16_backward_bytes(row, projected));
+        let source = &source::SELECTIVE_SCAN16_BACKWARD;
+        c.launch((source, "selective_scan16_backward"), &defines, shape, &arguments)?;
+    } else {
+        let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
+        if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
+            return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
+        }
+        c.launch((source, "selective_scan_backward"), &defines, shape, &arguments)?;
     }
-    let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
-    c.launch((source, "selective_scan_backward"), &defines, shape, &arguments)?;
 
     for ((partial, bytes), (count, out)) in partials.into_iter().zip(a_group.into_iter().zip([db, dc])) {
         if bytes > 0 {
