@@ -17,14 +17,14 @@
 @group(0) @binding(5) var<storage, read_write> out: array<Value>; // [tokens, heads·head_dim]
 
 /// Columns of a part, in vectors of four; the last part may be padded with zeros.
-override WIDTH: u32 = 16;
+override WIDTH: u32 = 8;
 /// Parts of a head.
 override PARTS: u32 = 1;
 
 /// Rows of a workgroup.
 override ROWS: u32 = 64;
 
-const MOST_WIDTH = 16u;
+const MOST_WIDTH = 8u;
 /// Keys of a tile.
 const KEYS = 8u;
 /// Below every score.

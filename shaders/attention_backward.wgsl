@@ -15,7 +15,7 @@
 // workgroup memory, 16 bytes for every four multiply-adds.
 
 /// Columns of a part, in vectors of four; the last part may be padded with zeros.
-override WIDTH: u32 = 16;
+override WIDTH: u32 = 8;
 /// Parts of a head.
 override PARTS: u32 = 1;
 /// Rows of a workgroup.
@@ -23,7 +23,7 @@ override ROWS: u32 = 64;
 /// Rows of a tile.
 override TILE: u32 = 16;
 
-const MOST_WIDTH = 16u;
+const MOST_WIDTH = 8u;
 
 var<workgroup> first_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of k, or of q times the scale
 var<workgroup> second_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of v, or of dout

@@ -8,11 +8,12 @@ use super::shaders::{self, Kernel};
 use crate::backend::{DType, Error, Result, View, ops};
 
 /// Vectors of four columns that an invocation of the attention shaders holds at most.
-const PART: usize = 16;
+const PART: usize = 8;
 /// Keys of a tile of `attention.wgsl`.
 const KEYS: usize = 8;
-/// Invocations of a workgroup of theirs at most, and its bytes of workgroup memory.
-const ATTENTION_LANES: usize = 256;
+/// Invocations of a workgroup of `attention.wgsl` and of `attention_backward.wgsl` at most, and its bytes of workgroup memory.
+const FORWARD_LANES: usize = 256;
+const BACKWARD_LANES: usize = 128;
 const ATTENTION_BYTES: usize = 32 * 1024 - 256;
 /// Rows of a workgroup at most.
 const MOST_ROWS: usize = 64;
@@ -34,14 +35,14 @@ struct Tiles {
 }
 
 impl Tiles {
-    /// For a head of `head_dim` columns, where parts meet in `exchanged` bytes of a row of a tile; of tiles of at least
-    /// `least` rows.
-    fn new(call: &Call, head_dim: usize, exchanged: usize, least: usize) -> Result<Self> {
+    /// For a head of `head_dim` columns in workgroups of up to `lanes`, where parts meet in `exchanged` bytes of a row of a
+    /// tile; of tiles of at least `least` rows.
+    fn new(call: &Call, head_dim: usize, lanes: usize, exchanged: usize, least: usize) -> Result<Self> {
         let vectors = head_dim.div_ceil(4);
         let parts = vectors.div_ceil(PART);
         // Few widths, so that few pipelines are made.
         let width = vectors.div_ceil(parts).next_multiple_of(4);
-        let rows = (ATTENTION_LANES / parts).min(MOST_ROWS);
+        let rows = (lanes / parts).min(MOST_ROWS);
         let bytes = |tile: usize| tile * parts * (2 * 16 * width + rows * exchanged);
         let tile = [16, 8, 4, 2, 1].into_iter().find(|tile| bytes(*tile) <= ATTENTION_BYTES);
         match tile {
@@ -85,7 +86,7 @@ fn forward_kernel(call: &Call, head_dim: usize, types: &[DType; 2], matrices: bo
     if let Some(lanes) = simd_lanes(call, head_dim) {
         return Ok((shaders::ATTENTION_SUBGROUP.kernel("forward", types).with("LANES", lanes as u32), lanes));
     }
-    let tiles = Tiles::new(call, head_dim, 4, KEYS)?;
+    let tiles = Tiles::new(call, head_dim, FORWARD_LANES, 4, KEYS)?;
     Ok((tiles.kernel(shaders::ATTENTION.kernel("forward", types)), tiles.rows))
 }
 
@@ -135,7 +136,7 @@ pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -
     let dtype = common(call, &[op.q, op.k, op.v, op.out, op.dout, op.dq, op.dk, op.dv])?;
     call.check([table, op.segments.positions, op.q, op.k, op.v, op.out, op.lse, op.dout, op.dq, op.dk, op.dv])?;
     let lanes = simd_lanes(call, shape.head_dim);
-    let tiles = if lanes.is_none() { Some(Tiles::new(call, shape.head_dim, 8, 1)?) } else { None };
+    let tiles = if lanes.is_none() { Some(Tiles::new(call, shape.head_dim, BACKWARD_LANES, 8, 1)?) } else { None };
     let rows = lanes.or(tiles.as_ref().map(|tiles| tiles.rows)).unwrap_or(1);
     let kernel_of = |entry| match &tiles {
         Some(tiles) => {

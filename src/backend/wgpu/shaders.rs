@@ -183,13 +183,13 @@ mod tests {
             }
             "attention" => &[
                 &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64)],
-                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64)],
-                &[("WIDTH", 16), ("PARTS", 5), ("ROWS", 51)],
+                &[("WIDTH", 8), ("PARTS", 4), ("ROWS", 64)],
+                &[("WIDTH", 8), ("PARTS", 10), ("ROWS", 25)],
             ],
             "attention_backward" => &[
                 &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64), ("TILE", 16)],
-                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64), ("TILE", 8)],
-                &[("WIDTH", 16), ("PARTS", 16), ("ROWS", 16), ("TILE", 1)],
+                &[("WIDTH", 8), ("PARTS", 4), ("ROWS", 32), ("TILE", 8)],
+                &[("WIDTH", 8), ("PARTS", 32), ("ROWS", 4), ("TILE", 2)],
             ],
             "conv1d" => {
                 &[&[("WIDTH", 1), ("CHUNK", 32)], &[("WIDTH", 4), ("CHUNK", 32)], &[("WIDTH", 16), ("CHUNK", 32)]]
