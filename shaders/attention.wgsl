@@ -11,51 +11,20 @@
 // Per workgroup and key: 2 head_dim reads of memory for 4 head_dim ROWS operations, and 2 head_dim ROWS / 4 reads of
 // workgroup memory of 16 bytes: bound by operations and by the workgroup memory's reads, not by bytes.
 
-// Values are rows of `head_dim` columns a head; query head h reads key head h / group.
-@group(0) @binding(0) var<storage, read> segments: array<u32>; // [capacity, 5]
 @group(0) @binding(1) var<storage, read> q: array<Value>; // [tokens, heads·head_dim]
 @group(0) @binding(2) var<storage, read> k: array<Key>; // [keys, kv_heads·head_dim]
 @group(0) @binding(3) var<storage, read> v: array<Key>; // [keys, kv_heads·head_dim]
-@group(0) @binding(4) var<storage, read> pages: array<u32>; // [slots, pages_a_slot]
 @group(0) @binding(5) var<storage, read_write> out: array<Value>; // [tokens, heads·head_dim]
-@group(0) @binding(6) var<storage, read_write> lse: array<f32>; // [tokens, heads]
-
-struct Parameters {
-    segments: vec2<u32>,
-    q: vec2<u32>,
-    k: vec2<u32>,
-    v: vec2<u32>,
-    pages: vec2<u32>,
-    out: vec2<u32>,
-    lse: vec2<u32>,
-    capacity: u32,
-    tokens: u32,
-    heads: u32,
-    group: u32,
-    head_dim: u32,
-    /// Rows of k and of v.
-    keys: u32,
-    slots: u32,
-    pages_a_slot: u32,
-    /// Where keys lie in pages, position p of a slot is row `pages[slot, p / page_size]·page_size + p % page_size`; else 0.
-    page_size: u32,
-    /// A query at position p sees the keys after p − window; 0 is none.
-    window: u32,
-    /// Whether the log-sum-exp is wanted, 0 or 1.
-    has_lse: u32,
-    scale: f32,
-}
-@group(1) @binding(0) var<uniform> p: Parameters;
 
 /// Columns of a part, in vectors of four; the last part may be padded with zeros.
-override WIDTH: u32 = 16;
+override WIDTH: u32 = 8;
 /// Parts of a head.
 override PARTS: u32 = 1;
 
 /// Rows of a workgroup.
 override ROWS: u32 = 64;
 
-const MOST_WIDTH = 16u;
+const MOST_WIDTH = 8u;
 /// Keys of a tile.
 const KEYS = 8u;
 /// Below every score.
@@ -64,21 +33,6 @@ const NONE = -3.0e38;
 var<workgroup> key_tile: array<vec4<f32>, KEYS * WIDTH * PARTS>;
 var<workgroup> value_tile: array<vec4<f32>, KEYS * WIDTH * PARTS>;
 var<workgroup> scores: array<f32, KEYS * ROWS * PARTS>;
-
-/// The row of a segment's key.
-fn key_row(owner: Segment, position: u32) -> u32 {
-    var row = owner.keys + position;
-    if p.page_size > 0u {
-        let page = min(position / p.page_size, p.pages_a_slot - 1u);
-        row = pages[at(p.pages, min(owner.slot, p.slots - 1u), page)] * p.page_size + position % p.page_size;
-    }
-    return min(row, p.keys - 1u);
-}
-
-/// Whether the query at a position sees a key.
-fn sees(key: u32, position: u32) -> bool {
-    return key <= position && (p.window == 0u || key + p.window > position);
-}
 
 @compute @workgroup_size(ROWS, PARTS)
 fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
@@ -155,7 +109,7 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
         }
         var next = largest;
         for (var j = 0u; j < KEYS; j++) {
-            score[j] = select(NONE, score[j], sees(start + j, position));
+            score[j] = select(NONE, score[j], sees(start + j, position, p.window));
             next = max(next, score[j]);
         }
         let correction = exp(largest - next);

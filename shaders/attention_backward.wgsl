@@ -14,47 +14,8 @@
 // `queries` does 6 head_dim operations for a pair of a query and a key, `keys` 8: bound by operations and by the reads of
 // workgroup memory, 16 bytes for every four multiply-adds.
 
-@group(0) @binding(0) var<storage, read> segments: array<u32>; // [capacity, 5]
-@group(0) @binding(1) var<storage, read> q: array<Value>; // [tokens, heads·head_dim]
-@group(0) @binding(2) var<storage, read> k: array<Value>; // [keys, kv_heads·head_dim]
-@group(0) @binding(3) var<storage, read> v: array<Value>; // [keys, kv_heads·head_dim]
-@group(0) @binding(4) var<storage, read> lse: array<f32>; // [tokens, heads]
-@group(0) @binding(5) var<storage, read> dout: array<Value>; // [tokens, heads·head_dim]
-
-@group(0) @binding(6) var<storage, read> out: array<Value>; // [tokens, heads·head_dim]
-@group(0) @binding(7) var<storage, read_write> dq: array<Value>; // [tokens, heads·head_dim]
-@group(0) @binding(8) var<storage, read_write> inner: array<f32>; // [tokens, heads]: D, for `keys`
-
-@group(0) @binding(6) var<storage, read> given_inner: array<f32>; // [tokens, heads]: D, from `queries`
-@group(0) @binding(7) var<storage, read_write> dk: array<Value>; // [keys, kv_heads·head_dim]
-@group(0) @binding(8) var<storage, read_write> dv: array<Value>; // [keys, kv_heads·head_dim]
-
-/// Of both passes: those of `keys` have the places of given_inner, dk and dv for those of out, dq and inner.
-struct Parameters {
-    segments: vec2<u32>,
-    q: vec2<u32>,
-    k: vec2<u32>,
-    v: vec2<u32>,
-    lse: vec2<u32>,
-    dout: vec2<u32>,
-    sixth: vec2<u32>,
-    seventh: vec2<u32>,
-    eighth: vec2<u32>,
-    capacity: u32,
-    tokens: u32,
-    /// Query heads of a key head.
-    group: u32,
-    head_dim: u32,
-    /// Rows of k and of v.
-    keys: u32,
-    /// A query at position p sees the keys after p − window; 0 is none.
-    window: u32,
-    scale: f32,
-}
-@group(1) @binding(0) var<uniform> p: Parameters;
-
 /// Columns of a part, in vectors of four; the last part may be padded with zeros.
-override WIDTH: u32 = 16;
+override WIDTH: u32 = 8;
 /// Parts of a head.
 override PARTS: u32 = 1;
 /// Rows of a workgroup.
@@ -62,7 +23,7 @@ override ROWS: u32 = 64;
 /// Rows of a tile.
 override TILE: u32 = 16;
 
-const MOST_WIDTH = 16u;
+const MOST_WIDTH = 8u;
 
 var<workgroup> first_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of k, or of q times the scale
 var<workgroup> second_tile: array<vec4<f32>, TILE * WIDTH * PARTS>; // of v, or of dout
@@ -91,11 +52,6 @@ fn over_parts(j: u32, row: u32) -> vec2<f32> {
         sum += parts[(j * PARTS + part) * ROWS + row];
     }
     return sum;
-}
-
-/// Whether the query at a position sees a key.
-fn sees(key: u32, position: u32) -> bool {
-    return key <= position && (p.window == 0u || key + p.window > position);
 }
 
 @compute @workgroup_size(ROWS, PARTS)
@@ -173,7 +129,7 @@ fn queries(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
         }
         for (var j = 0u; j < TILE; j++) {
             let both = over_parts(j, local.x);
-            let ds = select(0.0, exp(both.x - own_lse) * (both.y - d), is_query && sees(start + j, position));
+            let ds = select(0.0, exp(both.x - own_lse) * (both.y - d), is_query && sees(start + j, position, p.window));
             for (var i = 0u; i < WIDTH; i++) {
                 sum[i] = fma(vec4<f32>(ds), first_tile[(j * PARTS + part) * WIDTH + i], sum[i]);
             }
@@ -192,40 +148,9 @@ fn queries(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id
     }
 }
 
-/// ROWS keys of a segment; or rows that are keys of none, and get no gradient.
-struct KeyRows {
-    /// First row of k, and the segment's key that lies there.
-    row: u32,
-    first: u32,
-    count: u32,
-    owner: Segment,
-}
-
-fn key_rows(wanted: u32) -> KeyRows {
-    var left = wanted;
-    var rest = 0u;
-    for (var i = 0u; i <= p.capacity; i++) {
-        var owner = Segment(0u, 0u, 0u, 0u, rest);
-        var of_owner = p.keys - rest;
-        if i < p.capacity {
-            owner = segment(p.segments, i, p.tokens);
-            owner.keys = min(owner.keys, p.keys);
-            of_owner = min(owner.past + owner.len, p.keys - owner.keys);
-            rest = max(rest, owner.keys + of_owner);
-        }
-        let tiles = (of_owner + ROWS - 1u) / ROWS;
-        if left < tiles {
-            let first = left * ROWS;
-            return KeyRows(owner.keys + first, first, min(of_owner - first, ROWS), owner);
-        }
-        left -= tiles;
-    }
-    return KeyRows(0u, 0u, 0u, Segment(0u, 0u, 0u, 0u, 0u));
-}
-
 @compute @workgroup_size(ROWS, PARTS)
 fn keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) local: vec3<u32>) {
-    let tile = key_rows(group.x);
+    let tile = key_rows(ROWS, group.x);
     if tile.count == 0u {
         return;
     }
@@ -292,7 +217,7 @@ fn keys(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_id) l
             }
             for (var j = 0u; j < TILE; j++) {
                 let both = over_parts(j, local.x);
-                let seen = is_key && start + j < end && sees(position, start + j + past);
+                let seen = is_key && start + j < end && sees(position, start + j + past, p.window);
                 let probability = select(0.0, exp(both.x - row_tile[j].x), seen);
                 let ds = select(0.0, probability * (both.y - row_tile[j].y), seen);
                 for (var i = 0u; i < WIDTH; i++) {

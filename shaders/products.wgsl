@@ -1,43 +1,22 @@
-// The three products of a linear layer: C = A·B or C += A·B, with C [m, n], A [m, k] or given as its transpose [k, m], and B
-// [k, n] or given as its transpose [n, k]; with a bias [1, n] if there is one.
-//
-//   linear:                 out = x·weightᵀ       A = x,      Bᵀ = weight
-//   linear_backward_input:  dx = dout·weight      A = dout,   B = weight
-//   linear_backward_weight: dweight += doutᵀ·x    Aᵀ = dout,  B = x
+// The products of a linear layer (product.wgsl) from registers.
 //
 // A workgroup takes a tile of TILE × TILE values of C, an invocation 8 × 8 of them: four rows and four columns, and again
 // half a tile further on. Runs of 16 values of k come into workgroup memory, k by k, so that a step of an invocation is
 // four vector loads and 64 multiplications. Each value of C is one chain of fused multiply-adds over k, in order.
 //
 // Bytes and flops: a tile of 128 reads 2·128·16·4 bytes for 2·128²·16 flops, 32 flops a byte of global memory, and 4 vector
-// loads of workgroup memory for 128 flops: bound by arithmetic where there are enough tiles.
+// loads of workgroup memory for 128 flops: bound by arithmetic where there are workgroups enough to hide the latency of the
+// loads, two for each multiprocessor. With fewer it is bound by latency, and k is split.
 
 override TILE: u32 = 64;
 override INVOCATIONS: u32 = 64; // (TILE / 8)²
-override A_TRANSPOSED: bool = false;
-override B_TRANSPOSED: bool = false;
-override ADD: bool = false;
-override BIAS: bool = false;
 
 const RUN: u32 = 16u;
 /// Vectors from one k to the next: a tile of 128, and one more against bank conflicts.
 const PITCH: u32 = 33u;
 
-struct Parameters {
-    a: vec2<u32>,
-    b: vec2<u32>,
-    bias: vec2<u32>,
-    c: vec2<u32>,
-    m: u32,
-    n: u32,
-    k: u32,
-}
-
-@group(0) @binding(0) var<storage, read> a: array<Left>;
-@group(0) @binding(1) var<storage, read> b: array<Right>;
-@group(0) @binding(2) var<storage, read> bias: array<Bias>;
-@group(0) @binding(3) var<storage, read_write> c: array<Out>;
-@group(1) @binding(0) var<uniform> p: Parameters;
+@group(0) @binding(0) var<storage, read> a: array<Left>; // [m, k], or [k, m]
+@group(0) @binding(1) var<storage, read> b: array<Right>; // [k, n], or [n, k]
 
 var<workgroup> a_run: array<vec4<f32>, RUN * PITCH>; // [k][rows of the tile]
 var<workgroup> b_run: array<vec4<f32>, RUN * PITCH>; // [k][columns of the tile]
@@ -62,24 +41,10 @@ fn b_at(k: u32, col: u32) -> f32 {
     return f32(b[at(p.b, k, col)]);
 }
 
-fn store(row: u32, col: u32, value: f32) {
-    if row < p.m && col < p.n {
-        let to = at(p.c, row, col);
-        var sum = value;
-        if BIAS {
-            sum += f32(bias[p.bias.x + col]);
-        }
-        if ADD {
-            sum += f32(c[to]);
-        }
-        c[to] = Out(sum);
-    }
-}
-
-fn store_row(row: u32, col: u32, near: vec4<f32>, far: vec4<f32>) {
+fn store_row(split: u32, row: u32, col: u32, near: vec4<f32>, far: vec4<f32>) {
     for (var i = 0u; i < 4u; i++) {
-        store(row, col + i, near[i]);
-        store(row, col + TILE / 2u + i, far[i]);
+        store(split, row, col + i, near[i]);
+        store(split, row, col + TILE / 2u + i, far[i]);
     }
 }
 
@@ -106,7 +71,8 @@ fn product(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     var far5 = vec4(0.0);
     var far6 = vec4(0.0);
     var far7 = vec4(0.0);
-    for (var first = 0u; first < p.k; first += RUN) {
+    let end = min(p.k, (group.z + 1u) * p.span);
+    for (var first = group.z * p.span; first < end; first += RUN) {
         for (var i = lane; i < TILE * RUN; i += INVOCATIONS) {
             // Neighbouring invocations load neighbouring values.
             if A_TRANSPOSED {
@@ -156,12 +122,28 @@ fn product(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     let upper_row = row + 4u * ty;
     let lower_row = upper_row + TILE / 2u;
     let near_col = col + 4u * tx;
-    store_row(upper_row, near_col, near0, far0);
-    store_row(upper_row + 1u, near_col, near1, far1);
-    store_row(upper_row + 2u, near_col, near2, far2);
-    store_row(upper_row + 3u, near_col, near3, far3);
-    store_row(lower_row, near_col, near4, far4);
-    store_row(lower_row + 1u, near_col, near5, far5);
-    store_row(lower_row + 2u, near_col, near6, far6);
-    store_row(lower_row + 3u, near_col, near7, far7);
+    store_row(group.z, upper_row, near_col, near0, far0);
+    store_row(group.z, upper_row + 1u, near_col, near1, far1);
+    store_row(group.z, upper_row + 2u, near_col, near2, far2);
+    store_row(group.z, upper_row + 3u, near_col, near3, far3);
+    store_row(group.z, lower_row, near_col, near4, far4);
+    store_row(group.z, lower_row + 1u, near_col, near5, far5);
+    store_row(group.z, lower_row + 2u, near_col, near6, far6);
+    store_row(group.z, lower_row + 3u, near_col, near7, far7);
+}
+
+@group(0) @binding(0) var<storage, read> splits: array<f32>; // [splits·m, n]
+
+/// C from the sums of the splits: `a` is the place of these, `k` their number.
+@compute @workgroup_size(64)
+fn add_splits(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    for (var row = id.y; row < p.m; row += groups.y) {
+        for (var col = id.x; col < p.n; col += 64u * groups.x) {
+            var sum = 0.0;
+            for (var split = 0u; split < p.k; split++) {
+                sum += splits[at(p.a, split * p.m + row, col)];
+            }
+            store(0u, row, col, sum);
+        }
+    }
 }

@@ -46,3 +46,8 @@ fn chunk(table: vec2<u32>, capacity: u32, tokens: u32, length: u32, wanted: u32)
     }
     return Chunk(capacity, 0u, 0u, Segment(0u, 0u, 0u, 0u, 0u));
 }
+
+/// Whether the query at a position sees a key: those after position − window, or all up to it with a window of 0.
+fn sees(key: u32, position: u32, window: u32) -> bool {
+    return key <= position && (window == 0u || key + window > position);
+}

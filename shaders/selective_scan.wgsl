@@ -13,13 +13,6 @@
 // A row of a channel costs d_state exponentials and 4 d_state other operations for 4 values of memory and a share of B and C:
 // bound by exponentials where channels · d_state / 4 invocations fill the device, by the latency of a step below that.
 
-@group(0) @binding(0) var<storage, read> segments: array<u32>; // [capacity, 5]
-@group(0) @binding(1) var<storage, read> u: array<Value>; // [tokens, channels]
-@group(0) @binding(2) var<storage, read> delta: array<Value>; // [tokens, channels]
-@group(0) @binding(3) var<storage, read> a: array<f32>; // [channels, d_state]
-@group(0) @binding(4) var<storage, read> projected: array<Value>; // [tokens, columns]: B, C and z at columns of it
-@group(0) @binding(5) var<storage, read> d: array<f32>; // [1, channels]
-@group(0) @binding(6) var<storage, read> delta_bias: array<f32>; // [1, channels]
 @group(0) @binding(7) var<storage, read> state_in: array<f32>; // [slots, channels·d_state]
 @group(0) @binding(8) var<storage, read_write> state_out: array<f32>; // [slots, channels·d_state]
 @group(0) @binding(9) var<storage, read_write> saved: array<f32>; // [tokens / TILE + segments, channels·d_state]
@@ -62,18 +55,7 @@ struct Parameters {
 }
 @group(1) @binding(0) var<uniform> p: Parameters;
 
-/// Vectors of four states of a channel, a power of two; what d_state lacks is 0.
-override QUADS: u32 = 4;
-/// Channels of a block.
-override CHANNELS: u32 = 16; // LANES / QUADS
-
-const LANES = 64u;
-const TILE = 16u;
-
-var<workgroup> step_tile: array<f32, TILE * CHANNELS>; // dt
 var<workgroup> input_tile: array<f32, TILE * CHANNELS>; // dt·u
-var<workgroup> b_tile: array<vec4<f32>, TILE * QUADS>;
-var<workgroup> c_tile: array<vec4<f32>, TILE * QUADS>;
 var<workgroup> parts: array<f32, TILE * LANES>;
 
 @compute @workgroup_size(LANES)
@@ -82,12 +64,9 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
     if owner.len == 0u {
         return;
     }
-    let blocks = (p.run + CHANNELS - 1u) / CHANNELS;
-    let inside = group.x % blocks * CHANNELS;
-    let first = group.x / blocks * p.run + inside;
-    let count = min(CHANNELS, p.run - inside);
-    let b_col = p.b_col + first / p.per_b * p.d_state;
-    let c_col = p.c_col + first / p.per_c * p.d_state;
+    let block = block_of(group.x);
+    let first = block.first;
+    let count = block.count;
     let slot = min(owner.slot, p.slots - 1u);
 
     let quad = lane % QUADS;
@@ -116,29 +95,13 @@ fn forward(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_in
             var step = 0.0;
             var input = 0.0;
             if c < count {
-                step = f32(delta[at(p.delta, row + i / CHANNELS, first + c)]);
-                if p.has_bias != 0u {
-                    step += delta_bias[at(p.delta_bias, 0u, first + c)];
-                }
-                if p.softplus != 0u {
-                    step = softplus(step);
-                }
+                step = step_of(row + i / CHANNELS, first + c);
                 input = step * f32(u[at(p.u, row + i / CHANNELS, first + c)]);
             }
             step_tile[i] = step;
             input_tile[i] = input;
         }
-        for (var i = lane; i < rows * 4u * QUADS; i += LANES) {
-            let m = i % (4u * QUADS);
-            var of_b = 0.0;
-            var of_c = 0.0;
-            if m < p.d_state {
-                of_b = f32(projected[at(p.projected, row + i / (4u * QUADS), b_col + m)]);
-                of_c = f32(projected[at(p.projected, row + i / (4u * QUADS), c_col + m)]);
-            }
-            b_tile[i / 4u][i % 4u] = of_b;
-            c_tile[i / 4u][i % 4u] = of_c;
-        }
+        load_groups(row, rows, block, lane);
         if p.has_saved != 0u {
             let to = min(owner.start / TILE + group.y + start / TILE, p.saved_rows - 1u);
             for (var e = 0u; e < own; e++) {

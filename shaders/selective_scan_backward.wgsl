@@ -20,13 +20,6 @@
 // A row of a channel costs 2 d_state exponentials and about 25 d_state operations for 8 values of memory and d_state / TILE
 // of `saved`: bound by operations and, as in forward, by the latency of a step where the blocks are few.
 
-@group(0) @binding(0) var<storage, read> segments: array<u32>; // [capacity, 5]
-@group(0) @binding(1) var<storage, read> u: array<Value>; // [tokens, channels]
-@group(0) @binding(2) var<storage, read> delta: array<Value>; // [tokens, channels]
-@group(0) @binding(3) var<storage, read> a: array<f32>; // [channels, d_state]
-@group(0) @binding(4) var<storage, read> projected: array<Value>; // [tokens, columns]: B, C and z at columns of it
-@group(0) @binding(5) var<storage, read> d: array<f32>; // [1, channels]
-@group(0) @binding(6) var<storage, read> delta_bias: array<f32>; // [1, channels]
 @group(0) @binding(7) var<storage, read> saved: array<f32>; // [tokens / TILE + segments, channels·d_state]
 @group(0) @binding(8) var<storage, read> dout: array<Value>; // [tokens, channels]
 @group(0) @binding(9) var<storage, read> dstate_out: array<f32>; // [slots, channels·d_state]
@@ -80,31 +73,12 @@ struct Parameters {
 }
 @group(1) @binding(0) var<uniform> p: Parameters;
 
-/// Vectors of four states of a channel, a power of two; what d_state lacks is 0.
-override QUADS: u32 = 4;
-/// Channels of a block.
-override CHANNELS: u32 = 16; // LANES / QUADS
-
-const LANES = 64u;
-const TILE = 16u;
-
-var<workgroup> step_tile: array<f32, TILE * CHANNELS>; // dt
 var<workgroup> u_tile: array<f32, TILE * CHANNELS>;
 var<workgroup> dy_tile: array<f32, TILE * CHANNELS>;
-var<workgroup> b_tile: array<vec4<f32>, TILE * QUADS>;
-var<workgroup> c_tile: array<vec4<f32>, TILE * QUADS>;
 /// The states after each row; h of a row from the moment it is known.
 var<workgroup> states: array<vec4<f32>, TILE * LANES>;
 /// Σ h A e s_{t−1} over a quad; then ddelta at the first quad of a channel.
 var<workgroup> moved: array<f32, TILE * LANES>;
-
-fn raw_step(row: u32, channel: u32) -> f32 {
-    var step = f32(delta[at(p.delta, row, channel)]);
-    if p.has_bias != 0u {
-        step += delta_bias[at(p.delta_bias, 0u, channel)];
-    }
-    return step;
-}
 
 /// Four values of dB or dC of a row: to their columns, or to the parts of a block.
 fn store_group(four: vec4<f32>, row: u32, col: u32, m: u32, parts: u32, block: u32, blocks: u32) {
@@ -127,12 +101,9 @@ fn backward(
     if owner.len == 0u {
         return;
     }
-    let run_blocks = (p.run + CHANNELS - 1u) / CHANNELS;
-    let inside = group.x % run_blocks * CHANNELS;
-    let first = group.x / run_blocks * p.run + inside;
-    let count = min(CHANNELS, p.run - inside);
-    let b_col = p.b_col + first / p.per_b * p.d_state;
-    let c_col = p.c_col + first / p.per_c * p.d_state;
+    let block = block_of(group.x);
+    let first = block.first;
+    let count = block.count;
     let slot = min(owner.slot, p.slots - 1u);
 
     let channel = lane / QUADS;
@@ -164,10 +135,7 @@ fn backward(
             var input = 0.0;
             var dy = 0.0;
             if c < count {
-                step = raw_step(row + i / CHANNELS, first + c);
-                if p.softplus != 0u {
-                    step = softplus(step);
-                }
+                step = step_of(row + i / CHANNELS, first + c);
                 input = f32(u[at(p.u, row + i / CHANNELS, first + c)]);
                 dy = f32(dout[at(p.dout, row + i / CHANNELS, first + c)]);
                 if p.has_z != 0u {
@@ -178,17 +146,7 @@ fn backward(
             u_tile[i] = input;
             dy_tile[i] = dy;
         }
-        for (var i = lane; i < rows * 4u * QUADS; i += LANES) {
-            let m = i % (4u * QUADS);
-            var of_b = 0.0;
-            var of_c = 0.0;
-            if m < p.d_state {
-                of_b = f32(projected[at(p.projected, row + i / (4u * QUADS), b_col + m)]);
-                of_c = f32(projected[at(p.projected, row + i / (4u * QUADS), c_col + m)]);
-            }
-            b_tile[i / 4u][i % 4u] = of_b;
-            c_tile[i / 4u][i % 4u] = of_c;
-        }
+        load_groups(row, rows, block, lane);
         let source = min(owner.start / TILE + group.y + tile, p.saved_rows - 1u);
         var start = vec4<f32>();
         for (var e = 0u; e < own; e++) {
@@ -230,7 +188,7 @@ fn backward(
             for (var c = 0u; c < count; c++) {
                 four = fma(vec4<f32>(dy_tile[t * CHANNELS + c]), states[t * LANES + c * QUADS + q], four);
             }
-            store_group(four, row + t, c_col, q * 4u, p.c_parts, group.x, groups.x);
+            store_group(four, row + t, block.c_col, q * 4u, p.c_parts, group.x, groups.x);
         }
         workgroupBarrier();
 
@@ -282,7 +240,7 @@ fn backward(
                 let input = step_tile[t * CHANNELS + c] * u_tile[t * CHANNELS + c];
                 four = fma(vec4<f32>(input), states[t * LANES + c * QUADS + q], four);
             }
-            store_group(four, row + t, b_col, q * 4u, p.b_parts, group.x, groups.x);
+            store_group(four, row + t, block.b_col, q * 4u, p.b_parts, group.x, groups.x);
         }
         workgroupBarrier();
 

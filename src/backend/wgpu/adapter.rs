@@ -39,6 +39,10 @@ pub(super) struct Abilities {
     pub timestamps: bool,
     /// The smallest and the largest number of lanes of a subgroup; 0 without subgroups.
     pub subgroups: (u32, u32),
+    /// Whether it is a program that plays a GPU on a CPU: its subgroups are SIMD registers.
+    pub software: bool,
+    /// Cooperative matrices of 16 × 16 × 16, f16 in and f32 sums, in subgroups of 32.
+    pub cooperative: bool,
     /// Bytes that a binding can show at most; no more than a buffer has.
     pub binding: u64,
     /// Bytes of a buffer at most, a multiple of all alignments.
@@ -51,6 +55,16 @@ pub(super) struct Abilities {
     pub grid: u32,
     /// One kernel and one shape of a tile, whatever the number of rows.
     pub batch_invariant: bool,
+}
+
+impl Abilities {
+    /// The lanes of a workgroup of the kernels that are made for an adapter that is a CPU (`…_subgroup.wgsl`), which keep to
+    /// registers of one subgroup: where all subgroups have one size of 4 to 16. Every other adapter takes the kernels that
+    /// share workgroup memory; this is the only place where the kind of an adapter chooses.
+    pub fn simd_lanes(&self) -> Option<usize> {
+        let (least, most) = self.subgroups;
+        (self.software && least == most && (4..=16).contains(&least)).then_some(least as usize)
+    }
 }
 
 /// What the size of a buffer is a multiple of, in bytes: at least every alignment that WebGPU allows an adapter.
@@ -126,15 +140,16 @@ pub(super) fn describe(adapter: &wgpu::Adapter) -> String {
 fn words(adapter: &wgpu::Adapter, abilities: &Abilities) -> String {
     let info = adapter.get_info();
     let driver = [info.driver, info.driver_info].into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>();
-    let Abilities { f16, timestamps, subgroups, binding, pipeline_cache, .. } = *abilities;
+    let Abilities { f16, timestamps, subgroups, cooperative, binding, pipeline_cache, .. } = *abilities;
     let lanes = match subgroups {
         (0, _) => "no subgroups".into(),
         (least, most) if least == most => format!("subgroups of {least}"),
         (least, most) => format!("subgroups of {least} to {most}"),
     };
     let has = |there: bool, what: &str| if there { what.into() } else { format!("no {what}") };
+    let (matrices, cache) = (has(cooperative, "cooperative matrices"), has(pipeline_cache, "pipeline cache"));
     let binding = format!("{} MiB a binding", binding >> 20);
-    let has = [has(f16, "f16"), lanes, has(timestamps, "timestamps"), has(pipeline_cache, "pipeline cache"), binding];
+    let has = [has(f16, "f16"), lanes, matrices, has(timestamps, "timestamps"), cache, binding];
     format!("{}, {} {}; {}", info.name, info.backend, driver.join(" "), has.join(", "))
 }
 
@@ -161,17 +176,25 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> (Abilities, wgpu::Fe
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES
+        | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
         | wgpu::Features::PIPELINE_CACHE;
     let mut features = there & wanted;
     features.set(wgpu::Features::SUBGROUP, options.subgroups && features.contains(wgpu::Features::SUBGROUP));
     let subgroups = features.contains(wgpu::Features::SUBGROUP);
+    let subgroup_sizes = if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) };
+    let f16 = features.contains(wgpu::Features::SHADER_F16);
+    let cooperative =
+        f16 && subgroup_sizes == (32, 32) && adapter.cooperative_matrix_properties().iter().any(is_what_shaders_use);
+    features.set(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, cooperative);
     let alignment =
         (u64::from(limits.min_storage_buffer_offset_alignment), u64::from(limits.min_uniform_buffer_offset_alignment));
     let buffer = limits.max_buffer_size.min(options.buffer).max(WHOLE) / WHOLE * WHOLE;
     let abilities = Abilities {
-        f16: features.contains(wgpu::Features::SHADER_F16),
+        f16,
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_PASSES),
-        subgroups: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
+        subgroups: subgroup_sizes,
+        software: info.device_type == wgpu::DeviceType::Cpu,
+        cooperative,
         // A window of a buffer starts at a multiple of the alignment and ends at a multiple of 4.
         binding: limits.max_storage_buffer_binding_size.min(options.binding).min(buffer) / 4 * 4,
         buffer,
@@ -183,6 +206,12 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> (Abilities, wgpu::Fe
     (abilities, features, limits)
 }
 
+/// Whether a driver's kind of cooperative matrices is that of `…_cooperative.wgsl`.
+fn is_what_shaders_use(kind: &wgpu::CooperativeMatrixProperties) -> bool {
+    let sizes = (kind.m_size, kind.n_size, kind.k_size) == (16, 16, 16);
+    sizes && (kind.ab_type, kind.cr_type) == (wgpu::CooperativeScalarType::F16, wgpu::CooperativeScalarType::F32)
+}
+
 /// Opens an adapter with all that it has and `options` allow.
 ///
 /// # Errors
@@ -190,11 +219,15 @@ fn abilities(adapter: &wgpu::Adapter, options: &Options) -> (Abilities, wgpu::Fe
 pub(super) fn open(adapter: &wgpu::Adapter, options: &Options) -> Result<Opened> {
     let (abilities, required_features, required_limits) = abilities(adapter, options);
     let name = words(adapter, &abilities);
+    // SAFETY: cooperative matrices are the only experimental feature that is asked for, and their results are compared with
+    // those of plain arithmetic before they are used, see `cooperative`.
+    let experimental_features = unsafe { wgpu::ExperimentalFeatures::enabled() };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("h1"),
         required_features,
         required_limits,
         memory_hints: wgpu::MemoryHints::MemoryUsage,
+        experimental_features,
         ..Default::default()
     };
     let refused = |why: wgpu::RequestDeviceError| Error::Unavailable {

@@ -3,7 +3,7 @@
 
 use super::call::{Call, blocks};
 use super::scratch::Slot;
-use super::{mixers, rows};
+use super::{attention, mixers, rows};
 use crate::backend::{DType, Out, Result, View, ops};
 
 /// Whether bindings can show all of some views in place.
@@ -63,7 +63,7 @@ impl Heads {
 pub(super) fn attention(call: &mut Call, op: &ops::Attention) -> Result<()> {
     let (ops::Keys::Rows { k, v } | ops::Keys::Pages { k, v, .. }) = op.keys;
     if shown(call, [op.q, op.out, k, v].into_iter().chain(op.lse)) {
-        return mixers::attention(call, op);
+        return attention::attention(call, op);
     }
     call.check([op.q, op.out, k, v].into_iter().chain(op.lse))?;
     let head_dim = op.shape.head_dim;
@@ -83,7 +83,7 @@ pub(super) fn attention(call: &mut Call, op: &ops::Attention) -> Result<()> {
             out: heads.queries(op.out, head_dim)?,
             lse: cols_of(op.lse, heads.query, heads.queries)?,
         };
-        mixers::attention(call, &block)?;
+        attention::attention(call, &block)?;
     }
     Ok(())
 }
@@ -91,7 +91,7 @@ pub(super) fn attention(call: &mut Call, op: &ops::Attention) -> Result<()> {
 pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -> Result<()> {
     let views = [op.q, op.k, op.v, op.out, op.lse, op.dout, op.dq, op.dk, op.dv];
     if shown(call, views) {
-        return mixers::attention_backward(call, op);
+        return attention::attention_backward(call, op);
     }
     call.check(views)?;
     let (head_dim, group) = (op.shape.head_dim, op.shape.heads / op.shape.kv_heads);
@@ -117,7 +117,7 @@ pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -
             dk: own(0, dk)?,
             dv: own(1, dv)?,
         };
-        mixers::attention_backward(call, &block)?;
+        attention::attention_backward(call, &block)?;
         if adds {
             rows::copy(call, &ops::Copy { src: block.dk, out: Out::add(dk) })?;
             rows::copy(call, &ops::Copy { src: block.dv, out: Out::add(dv) })?;

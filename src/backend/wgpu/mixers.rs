@@ -1,4 +1,4 @@
-//! Attention, the convolution and the scan.
+//! The convolution and the scan.
 
 use super::SCAN_CHUNK;
 use super::call::Call;
@@ -6,13 +6,6 @@ use super::scratch::Slot;
 use super::shaders::{self, Kernel, Shader};
 use crate::backend::{DType, Error, Result, View, ops};
 
-/// Vectors of four columns that an invocation of the attention shaders holds at most.
-const PART: usize = 16;
-/// Keys of a tile of `attention.wgsl`.
-const KEYS: usize = 8;
-/// Invocations of a workgroup of theirs at most, and its bytes of workgroup memory.
-const ATTENTION_LANES: usize = 256;
-const ATTENTION_BYTES: usize = 32 * 1024 - 256;
 /// Channels that a workgroup of `conv1d.wgsl` takes.
 const LANES: usize = 64;
 /// Rows of a chunk in `conv1d.wgsl`.
@@ -24,7 +17,7 @@ const MOST_QUADS: usize = 16;
 const MOST_TAPS: usize = 16;
 
 /// The dtype that views have in common.
-fn common(call: &Call, views: &[View]) -> Result<DType> {
+pub(super) fn common(call: &Call, views: &[View]) -> Result<DType> {
     let dtype = views.first().map_or(DType::F32, |view| view.dtype);
     match views.iter().find(|view| view.dtype != dtype) {
         None => Ok(dtype),
@@ -36,7 +29,7 @@ fn common(call: &Call, views: &[View]) -> Result<DType> {
 }
 
 /// That views are f32.
-fn f32s(call: &Call, views: impl IntoIterator<Item = View>) -> Result<()> {
+pub(super) fn f32s(call: &Call, views: impl IntoIterator<Item = View>) -> Result<()> {
     views.into_iter().try_for_each(|view| match view.dtype {
         DType::F32 => Ok(()),
         other => Err(Error::Unsupported { backend: "wgpu", op: call.op, what: format!("{other} where f32 is kept") }),
@@ -44,12 +37,12 @@ fn f32s(call: &Call, views: impl IntoIterator<Item = View>) -> Result<()> {
 }
 
 /// A switch as the shaders take it.
-fn flag(on: bool) -> usize {
+pub(super) fn flag(on: bool) -> usize {
     usize::from(on)
 }
 
 /// The most chunks of `length` rows that `tokens` rows of `segments` segments can be.
-fn chunks(tokens: usize, segments: usize, length: usize) -> usize {
+pub(super) fn chunks(tokens: usize, segments: usize, length: usize) -> usize {
     tokens / length + segments.min(tokens)
 }
 
@@ -61,121 +54,6 @@ pub(super) fn conv_chunks(tokens: usize, segments: usize) -> usize {
 /// Slots that all states have; at least 1, which is not touched where there is no state.
 fn slots<const N: usize>(states: [Option<View>; N]) -> usize {
     states.into_iter().flatten().map(|state| state.rows).min().unwrap_or(1).max(1)
-}
-
-/// How the attention shaders cut a head and the rows.
-struct AttentionTiles {
-    /// Vectors of four columns of a part of a head, and parts.
-    width: usize,
-    parts: usize,
-    /// Rows of a workgroup.
-    rows: usize,
-    /// Rows of a tile of what passes by.
-    tile: usize,
-}
-
-impl AttentionTiles {
-    /// For a head of `head_dim` columns, where parts meet in `exchanged` bytes of a row of a tile; of tiles of at least
-    /// `least` rows.
-    fn new(call: &Call, head_dim: usize, exchanged: usize, least: usize) -> Result<Self> {
-        let vectors = head_dim.div_ceil(4);
-        let parts = vectors.div_ceil(PART);
-        // Few widths, so that few pipelines are made.
-        let width = vectors.div_ceil(parts).next_multiple_of(4);
-        let rows = (ATTENTION_LANES / parts).min(LANES);
-        let bytes = |tile: usize| tile * parts * (2 * 16 * width + rows * exchanged);
-        let tile = [16, 8, 4, 2, 1].into_iter().find(|tile| bytes(*tile) <= ATTENTION_BYTES);
-        match tile {
-            Some(tile) if rows > 0 && tile >= least => Ok(AttentionTiles { width, parts, rows, tile }),
-            _ => {
-                let what = format!("heads of {head_dim} columns");
-                Err(Error::Unsupported { backend: "wgpu", op: call.op, what })
-            }
-        }
-    }
-
-    fn kernel(&self, kernel: Kernel) -> Kernel {
-        kernel.with("WIDTH", self.width as u32).with("PARTS", self.parts as u32).with("ROWS", self.rows as u32)
-    }
-}
-
-/// The window as the shaders take it: 0 is none, and one longer than all positions is as good.
-fn window(shape: &ops::AttentionShape) -> usize {
-    shape.window.map_or(0, |window| window.min(1 << 30))
-}
-
-pub(super) fn attention(call: &mut Call, op: &ops::Attention) -> Result<()> {
-    let (shape, table, tokens) = (&op.shape, op.segments.table, op.q.rows);
-    let (k, v, pages, page_size) = match op.keys {
-        ops::Keys::Rows { k, v } => (k, v, None, 0),
-        ops::Keys::Pages { k, v, pages, page_size } => (k, v, Some(pages), page_size),
-    };
-    f32s(call, op.lse)?;
-    let types = [common(call, &[op.q, op.out])?, common(call, &[k, v])?];
-    call.check([op.segments.positions])?;
-    let tiles = AttentionTiles::new(call, shape.head_dim, 4, KEYS)?;
-    let kernel = tiles.kernel(shaders::ATTENTION.kernel("forward", &types));
-    let has_keys = k.rows > 0 && pages.is_none_or(|pages| !pages.is_empty());
-    call.dispatch(kernel)
-        .read(table)
-        .read(op.q)
-        .read(k)
-        .read(v)
-        .maybe_read(pages)
-        .write(op.out)
-        .maybe_write(op.lse)
-        .size(table.rows)
-        .size(tokens)
-        .size(shape.heads)
-        .size(shape.heads / shape.kv_heads)
-        .size(shape.head_dim)
-        .size(k.rows)
-        .size(pages.map_or(0, |pages| pages.rows))
-        .size(pages.map_or(0, |pages| pages.cols))
-        .size(page_size)
-        .size(window(shape))
-        .size(flag(op.lse.is_some()))
-        .factor(shape.scale)
-        .grid([if has_keys { chunks(tokens, table.rows, tiles.rows) } else { 0 }, shape.heads, 1])
-}
-
-pub(super) fn attention_backward(call: &mut Call, op: &ops::AttentionBackward) -> Result<()> {
-    let (shape, table, tokens, keys) = (&op.shape, op.segments.table, op.q.rows, op.k.rows);
-    f32s(call, [op.lse])?;
-    let dtype = common(call, &[op.q, op.k, op.v, op.out, op.dout, op.dq, op.dk, op.dv])?;
-    call.check([table, op.segments.positions, op.q, op.k, op.v, op.out, op.lse, op.dout, op.dq, op.dk, op.dv])?;
-    let tiles = AttentionTiles::new(call, shape.head_dim, 8, 1)?;
-    let inner = call.scratch(Slot::Partials, tokens, shape.heads)?;
-    let passes = [
-        (
-            "queries",
-            [op.out, op.dq, inner],
-            [if keys > 0 { chunks(tokens, table.rows, tiles.rows) } else { 0 }, shape.heads, 1],
-        ),
-        ("keys", [inner, op.dk, op.dv], [chunks(keys, table.rows + 1, tiles.rows), shape.kv_heads, 1]),
-    ];
-    for (entry, own, grid) in passes {
-        let kernel = tiles.kernel(shaders::ATTENTION_BACKWARD.kernel(entry, &[dtype])).with("TILE", tiles.tile as u32);
-        call.dispatch(kernel)
-            .read(table)
-            .read(op.q)
-            .read(op.k)
-            .read(op.v)
-            .read(op.lse)
-            .read(op.dout)
-            .read(own[0])
-            .write(own[1])
-            .write(own[2])
-            .size(table.rows)
-            .size(tokens)
-            .size(shape.heads / shape.kv_heads)
-            .size(shape.head_dim)
-            .size(keys)
-            .size(window(shape))
-            .factor(shape.scale)
-            .grid(grid)?;
-    }
-    Ok(())
 }
 
 /// A convolution whose sizes and parameters the shader can take: the dtypes of its activations and of its parameters.

@@ -4,15 +4,18 @@
 //! - `memory`, `scratch`, `transfer`: buffers, the windows of them that a dispatch binds, values from and to the host.
 //! - `shaders`, `pipelines`: files of `shaders/` and the variants of them that are compiled, each once.
 //! - `call`, `recorder`: an op's views and sizes as a dispatch, and dispatches as submissions.
-//! - `products`, `dense`, `elementwise`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each; `columns`: the
+//! - `cooperative`: whether the adapter's cooperative matrices are right.
+//! - `products`, `dense`, `elementwise`, `attention`, `mixers`, `loss`, `rows`, `optimiser`: the ops, a function each; `columns`: the
 //!   mixers where their matrices do not fit into a binding.
 //!
 //! A linear weight (`Order::Weight`) lies row after row. Sums are f32 in an order that the sizes fix; there are no
 //! atomics. Nothing waits but a read.
 
 mod adapter;
+mod attention;
 mod call;
 mod columns;
+mod cooperative;
 mod dense;
 mod elementwise;
 mod loss;
@@ -87,8 +90,9 @@ impl Adapter {
         let info = BackendInfo {
             name: "wgpu",
             device: gpu.name.clone(),
+            // Values of all ops but logits, losses, states and what the optimiser keeps may be f16.
+            activations: dtypes.clone(),
             dtypes,
-            activations: vec![DType::F32],
             scan_chunk: SCAN_CHUNK,
             chunk_values: crate::backend::CHUNK_VALUES,
             batch_invariant: options.batch_invariant,

@@ -29,7 +29,7 @@ pub(super) struct Scratch {
     nothing: [Window; 2],
 }
 
-fn row(buffer: BufferId, dtype: DType, len: usize) -> View {
+pub(super) fn row(buffer: BufferId, dtype: DType, len: usize) -> View {
     // The backend's own views belong to no device that a caller could name.
     let device = DeviceId(u32::MAX);
     View { device, buffer, dtype, order: Order::Rows, offset: 0, rows: 1, cols: len, stride: len }

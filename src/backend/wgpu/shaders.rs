@@ -1,8 +1,9 @@
 //! The shaders: files of `shaders/`, and how one becomes a kernel.
 //!
-//! A shader is `shaders/<name>.wgsl`. Its text is compiled after `shaders/prelude.wgsl`, and before both comes one
-//! `alias` for each storage type that it leaves open. Everything else that is chosen when a pipeline is made is an
-//! `override` constant of the shader. So a variant is (file, entry point, types, constants), see [`Kernel`].
+//! A shader is `shaders/<name>.wgsl`. Its text is compiled after `shaders/prelude.wgsl` and the files that it has in common
+//! with others, and before all comes one `alias` for each storage type that it leaves open. Everything else that is chosen
+//! when a pipeline is made is an `override` constant of the shader. So a variant is (file, entry point, types, constants),
+//! see [`Kernel`]. A shader `…_cooperative` may use cooperative matrices and is f16 where the others have open types.
 
 use std::fmt::Write;
 
@@ -58,12 +59,20 @@ impl Shader {
         Kernel { shader: self, entry, types: all, constants: [("", 0); MOST_CONSTANTS], count: 0 }
     }
 
+    /// Whether it is one of cooperative matrices.
+    fn is_cooperative(&self) -> bool {
+        self.name.ends_with("_cooperative")
+    }
+
     /// The whole text with the dtypes of its open types.
     pub fn source(&self, types: &[DType]) -> String {
         let prelude = include_str!("../../../shaders/prelude.wgsl");
         let mut source = String::with_capacity(prelude.len() + self.text.len() + 80);
-        if self.types.iter().zip(types).any(|(_, dtype)| *dtype == DType::F16) {
+        if self.is_cooperative() || self.types.iter().zip(types).any(|(_, dtype)| *dtype == DType::F16) {
             source.push_str("enable f16;\n");
+        }
+        if self.is_cooperative() {
+            source.push_str("enable wgpu_cooperative_matrix;\n");
         }
         for (alias, dtype) in self.types.iter().zip(types) {
             // Writing to a string cannot fail.
@@ -97,14 +106,14 @@ impl Kernel {
     }
 }
 
-/// Declares the shaders, by constant and file, after a file that it begins with, with the types that each leaves open.
+/// Declares the shaders, by constant and file, after the files that it begins with, with the types that each leaves open.
 macro_rules! shaders {
-    ($($name:ident = $([$include:literal])? $file:literal $(($($open:literal),*))?;)*) => {
+    ($($name:ident = $([$($include:literal),*])? $file:literal $(($($open:literal),*))?;)*) => {
         $(
             pub(super) static $name: Shader = Shader {
                 name: $file,
                 text: concat!(
-                    $(include_str!(concat!("../../../shaders/", $include, ".wgsl")),)?
+                    $($(include_str!(concat!("../../../shaders/", $include, ".wgsl")),)*)?
                     include_str!(concat!("../../../shaders/", $file, ".wgsl"))
                 ),
                 types: &[$($($open),*)?],
@@ -129,7 +138,9 @@ shaders! {
     HEAD_LOSS = "head_loss";
     NEG_EXP = "neg_exp" ("Weight");
     PAGE_WRITE = ["segments"] "page_write" ("Value", "Key");
-    PRODUCTS = "products" ("Left", "Right", "Bias", "Out");
+    PRODUCTS = ["product"] "products" ("Left", "Right", "Bias", "Out");
+    PRODUCTS_COOPERATIVE = ["product"] "products_cooperative" ("Bias", "Out");
+    PRODUCTS_SUBGROUP = ["product"] "products_subgroup" ("Left", "Right", "Bias", "Out");
     RMS_NORM = "rms_norm" ("Value", "Weight");
     ROPE = "rope" ("Value");
     SAMPLE = "sample" ("Value");
@@ -137,11 +148,14 @@ shaders! {
     SCATTER_ADD = "scatter_add" ("Value");
     SQUARED_NORM = "squared_norm";
     SWIGLU = "swiglu" ("Value");
-    ATTENTION = ["segments"] "attention" ("Value", "Key");
-    ATTENTION_BACKWARD = ["segments"] "attention_backward" ("Value");
+    ATTENTION = ["segments", "attention_sizes"] "attention" ("Value", "Key");
+    ATTENTION_COOPERATIVE = ["segments", "attention_sizes"] "attention_cooperative";
+    ATTENTION_SUBGROUP = ["segments", "attention_sizes"] "attention_subgroup" ("Value", "Key");
+    ATTENTION_BACKWARD = ["segments", "attention_backward_sizes"] "attention_backward" ("Value");
+    ATTENTION_BACKWARD_SUBGROUP = ["segments", "attention_backward_sizes"] "attention_backward_subgroup" ("Value");
     CONV1D = ["segments"] "conv1d" ("Value", "Weight");
-    SELECTIVE_SCAN = ["segments"] "selective_scan" ("Value");
-    SELECTIVE_SCAN_BACKWARD = ["segments"] "selective_scan_backward" ("Value");
+    SELECTIVE_SCAN = ["segments", "scan"] "selective_scan" ("Value");
+    SELECTIVE_SCAN_BACKWARD = ["segments", "scan"] "selective_scan_backward" ("Value");
 }
 
 #[cfg(test)]
@@ -157,15 +171,25 @@ mod tests {
     fn numbers(shader: &str) -> &'static [&'static [(&'static str, u32)]] {
         match shader {
             "products" => &[&[("TILE", 64), ("INVOCATIONS", 64)], &[("TILE", 128), ("INVOCATIONS", 256)]],
+            "products_cooperative" => &[&[("TILE", 64)], &[("TILE", 128)]],
+            "products_subgroup" => &[
+                &[("LANES", 4), ("ROWS", 8), ("GROUPS", 2)],
+                &[("LANES", 8), ("ROWS", 1), ("GROUPS", 2)],
+                &[("LANES", 16), ("ROWS", 16), ("GROUPS", 2)],
+            ],
+            "attention_cooperative" => &[&[("WIDTH", 1)], &[("WIDTH", 4)], &[("WIDTH", 5)], &[("WIDTH", 8)]],
+            "attention_subgroup" | "attention_backward_subgroup" => {
+                &[&[("LANES", 4)], &[("LANES", 8)], &[("LANES", 16)]]
+            }
             "attention" => &[
                 &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64)],
-                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64)],
-                &[("WIDTH", 16), ("PARTS", 5), ("ROWS", 51)],
+                &[("WIDTH", 8), ("PARTS", 4), ("ROWS", 64)],
+                &[("WIDTH", 8), ("PARTS", 10), ("ROWS", 25)],
             ],
             "attention_backward" => &[
                 &[("WIDTH", 4), ("PARTS", 1), ("ROWS", 64), ("TILE", 16)],
-                &[("WIDTH", 16), ("PARTS", 2), ("ROWS", 64), ("TILE", 8)],
-                &[("WIDTH", 16), ("PARTS", 16), ("ROWS", 16), ("TILE", 1)],
+                &[("WIDTH", 8), ("PARTS", 4), ("ROWS", 32), ("TILE", 8)],
+                &[("WIDTH", 8), ("PARTS", 32), ("ROWS", 4), ("TILE", 2)],
             ],
             "conv1d" => {
                 &[&[("WIDTH", 1), ("CHUNK", 32)], &[("WIDTH", 4), ("CHUNK", 32)], &[("WIDTH", 16), ("CHUNK", 32)]]
