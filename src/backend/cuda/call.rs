@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::MutexGuard;
 
 use super::driver::{Arguments, Driver, Kernel, Limits, Pointer, Product, Region, Shape};
-use super::source::{KernelKey, Source, Value};
+use super::source::{KernelKey, ModuleKey, Source, Value};
 use crate::backend::{BufferId, DType, Error, Order, Result, SegmentsView, View, padded_rows};
 
 /// A buffer in device memory.
@@ -21,6 +21,8 @@ pub(super) struct State {
     pub buffers: HashMap<BufferId, Buffer>,
     pub next: u64,
     kernels: HashMap<KernelKey, Kernel>,
+    /// Modules for this generation of cards alone, and whether they agreed with those for all cards.
+    pub trusted: HashMap<ModuleKey, bool>,
     scratch: (Pointer, usize),
 }
 
