@@ -47,9 +47,10 @@ pub fn device(emulation: Emulation) -> Result<Device> {
     Ok(super::over(Box::new(Emulated { emulation, limits, memory, kernels, graphs })))
 }
 
-static EMULATE: [Source; 2] = [
+static EMULATE: [Source; 3] = [
     Source { name: "emulate.h", text: include_str!("../../../kernels/emulate.h") },
     Source { name: "emulate_types.h", text: include_str!("../../../kernels/emulate_types.h") },
+    Source { name: "emulate_sm90.h", text: include_str!("../../../kernels/emulate_sm90.h") },
 ];
 
 type Launcher = unsafe extern "C" fn(*mut *mut c_void, *const u32, *const u32, usize, u32) -> *const c_char;
