@@ -60,7 +60,6 @@ static EMULATE: [Source; 3] = [
     Source { name: "emulate.h", text: include_str!("../../../kernels/emulate.h") },
     Source { name: "emulate_sm90.h", text: include_str!("../../../kernels/emulate_sm90.h") },
     Source { name: "emulate_types.h", text: include_str!("../../../kernels/emulate_types.h") },
-    Source { name: "emulate_sm90.h", text: include_str!("../../../kernels/emulate_sm90.h") },
 ];
 
 type Launcher = unsafe extern "C" fn(*mut *mut c_void, *const u32, *const u32, usize, u32) -> *const c_char;
