@@ -82,6 +82,34 @@ impl Call<'_> {
         views.iter().map(fit).min().unwrap_or(usize::MAX)
     }
 
+    /// The rows of views of as many rows each, in blocks that a binding can show of all of them: the first row of each, and how
+    /// many. A block ends where a view goes on in another part of its buffer; a row that lies in two is a block of its own.
+    pub fn row_blocks(&self, views: &[View]) -> Vec<(usize, usize)> {
+        let rows = views.first().map_or(0, |view| view.rows);
+        let (at_once, mut first, mut blocks) = (self.rows_at_once(views), 0, Vec::new());
+        while first < rows {
+            let of_part = views.iter().map(|view| self.gpu.memory.rows_of_part(*view, first)).min().unwrap_or(rows);
+            let count = of_part.max(1).min(at_once).min(rows - first);
+            blocks.push((first, count));
+            first += count;
+        }
+        blocks
+    }
+
+    /// The values of single rows of as many values each, in such blocks.
+    pub fn value_blocks(&self, views: &[View]) -> Vec<(usize, usize)> {
+        let values = views.first().map_or(0, |view| view.cols);
+        let (at_once, mut first, mut blocks) = (self.values_at_once(views).max(1), 0, Vec::new());
+        while first < values {
+            let of_part = |view: &View| self.gpu.memory.rest_of_part(view.dtype, view.offset.saturating_add(first));
+            let of_part = views.iter().map(of_part).min().unwrap_or(values);
+            let count = of_part.min(at_once).min(values - first);
+            blocks.push((first, count));
+            first += count;
+        }
+        blocks
+    }
+
     /// The dtype of activations of one op.
     ///
     /// # Errors

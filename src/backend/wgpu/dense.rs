@@ -1,6 +1,6 @@
 //! Embedding and norm.
 
-use super::call::{Call, blocks};
+use super::call::Call;
 use super::elementwise::COLUMNS;
 use super::rows::{self, RUN};
 use super::scratch::Slot;
@@ -15,8 +15,8 @@ pub(super) fn embed(call: &mut Call, op: &ops::Embed) -> Result<()> {
 pub(super) fn embed_backward(call: &mut Call, op: &ops::EmbedBackward) -> Result<()> {
     call.check([op.ids, op.dout, op.dweight])?;
     let dweight = View { order: Order::Rows, ..op.dweight };
-    for (token, tokens) in blocks(op.dout.rows, call.rows_at_once(&[op.dout])) {
-        for (first, count) in blocks(dweight.rows, call.rows_at_once(&[dweight])) {
+    for (token, tokens) in call.row_blocks(&[op.dout]) {
+        for (first, count) in call.row_blocks(&[dweight]) {
             call.dispatch(shaders::EMBED_BACKWARD.kernel("embed_backward", &[op.dout.dtype]))
                 .read(op.ids.col_range(token, tokens)?)
                 .read(op.dout.row_range(token, tokens)?)
@@ -34,7 +34,7 @@ pub(super) fn embed_backward(call: &mut Call, op: &ops::EmbedBackward) -> Result
 pub(super) fn rms_norm(call: &mut Call, op: &ops::RmsNorm) -> Result<()> {
     let dtype = call.dtype(&[op.x, op.out])?;
     call.check([op.x, op.weight, op.out].into_iter().chain(op.inv_rms))?;
-    for (first, count) in blocks(op.x.rows, call.rows_at_once(&[op.x, op.out])) {
+    for (first, count) in call.row_blocks(&[op.x, op.out]) {
         let inv_rms = op.inv_rms.map(|view| view.col_range(first, count)).transpose()?;
         let kernel = shaders::RMS_NORM.kernel("forward", &[dtype, op.weight.dtype]);
         call.dispatch(kernel.with("KEEP", inv_rms.is_some()))
@@ -54,7 +54,7 @@ pub(super) fn rms_norm_backward(call: &mut Call, op: &ops::RmsNormBackward) -> R
     let dtype = call.dtype(&[op.x, op.dout, op.dx.view])?;
     call.check([op.x, op.weight, op.inv_rms, op.dout, op.dx.view].into_iter().chain(op.dweight))?;
     let hidden = op.x.cols;
-    for (first, count) in blocks(op.x.rows, call.rows_at_once(&[op.x, op.dout, op.dx.view])) {
+    for (first, count) in call.row_blocks(&[op.x, op.dout, op.dx.view]) {
         let (x, dout) = (op.x.row_range(first, count)?, op.dout.row_range(first, count)?);
         let inv_rms = op.inv_rms.col_range(first, count)?;
         let types = [dtype, op.weight.dtype];

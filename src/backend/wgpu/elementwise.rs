@@ -1,6 +1,6 @@
 //! Ops of one value, or of one pair, at a time.
 
-use super::call::{Call, blocks, flat};
+use super::call::{Call, flat};
 use super::shaders;
 use crate::backend::{DType, Order, Result, View, ops};
 
@@ -19,9 +19,8 @@ pub(super) fn parts<const N: usize>(call: &Call, views: [View; N]) -> Result<Vec
     if views.iter().all(|view| flat(*view).is_some()) {
         whole = views.map(|view| flat(view).unwrap_or(view));
     }
-    let Some(View { rows, cols, .. }) = whole.first().copied() else { return Ok(Vec::new()) };
-    let (of_one_row, values, at_once) = (rows == 1, call.values_at_once(&whole), call.rows_at_once(&whole));
-    let (total, at_once) = if of_one_row { (cols, values) } else { (rows, at_once) };
+    let of_one_row = whole.iter().all(|view| view.rows == 1);
+    let blocks = if of_one_row { call.value_blocks(&whole) } else { call.row_blocks(&whole) };
     let cut = |(first, count)| {
         let mut part = whole;
         for view in &mut part {
@@ -29,7 +28,7 @@ pub(super) fn parts<const N: usize>(call: &Call, views: [View; N]) -> Result<Vec
         }
         Ok(part)
     };
-    blocks(total, at_once).map(cut).collect()
+    blocks.into_iter().map(cut).collect()
 }
 
 pub(super) fn swiglu(call: &mut Call, op: &ops::Swiglu) -> Result<()> {
@@ -66,7 +65,7 @@ pub(super) fn swiglu_backward(call: &mut Call, op: &ops::SwigluBackward) -> Resu
 pub(super) fn rope(call: &mut Call, op: &ops::Rope) -> Result<()> {
     let half = op.head_dim / 2;
     call.check([op.positions, op.inv_freq, op.x])?;
-    for (first, count) in blocks(op.x.rows, call.rows_at_once(&[op.x])) {
+    for (first, count) in call.row_blocks(&[op.x]) {
         call.dispatch(shaders::ROPE.kernel("rope", &[op.x.dtype]).with("INVERSE", op.inverse))
             .read(op.positions.col_range(first, count)?)
             .read(op.inv_freq)

@@ -1,6 +1,6 @@
 //! The loss over logits, and the choice of a token.
 
-use super::call::{Call, blocks};
+use super::call::Call;
 use super::shaders;
 use crate::backend::ops::LossWeights;
 use crate::backend::{Result, View, ops};
@@ -17,8 +17,7 @@ fn cols_of(view: Option<View>, first: usize, count: usize) -> Result<Option<View
 
 pub(super) fn head_loss(call: &mut Call, op: &ops::HeadLoss) -> Result<()> {
     call.check([op.student, op.statistics].into_iter().chain(op.teacher).chain(op.labels))?;
-    let at_once = call.rows_at_once(&[op.student, op.teacher.unwrap_or(op.student)]);
-    for (first, count) in blocks(op.student.rows, at_once) {
+    for (first, count) in call.row_blocks(&[op.student, op.teacher.unwrap_or(op.student)]) {
         let kernel = shaders::HEAD_LOSS.kernel("statistics_of_rows", &[]);
         call.dispatch(kernel.with("TEACHER", op.teacher.is_some()).with("LABELS", op.labels.is_some()))
             .read(op.student.row_range(first, count)?)
@@ -39,8 +38,7 @@ pub(super) fn head_loss_gradient(call: &mut Call, op: &ops::HeadLossGradient) ->
     call.check(views.into_iter().chain(op.teacher).chain(op.labels))?;
     let none = LossWeights { reverse_kl: 0.0, forward_kl: 0.0, cross_entropy: 0.0 };
     let weights = op.weights.unwrap_or(none);
-    let at_once = call.rows_at_once(&[op.student, op.teacher.unwrap_or(op.student)]);
-    for (first, count) in blocks(op.student.rows, at_once) {
+    for (first, count) in call.row_blocks(&[op.student, op.teacher.unwrap_or(op.student)]) {
         let kernel = shaders::HEAD_LOSS
             .kernel("gradient_of_rows", &[])
             .with("TEACHER", op.teacher.is_some())
@@ -67,7 +65,7 @@ pub(super) fn head_loss_gradient(call: &mut Call, op: &ops::HeadLossGradient) ->
 
 pub(super) fn argmax(call: &mut Call, op: &ops::Argmax) -> Result<()> {
     call.check([op.logits, op.out])?;
-    for (first, count) in blocks(op.logits.rows, call.rows_at_once(&[op.logits])) {
+    for (first, count) in call.row_blocks(&[op.logits]) {
         call.dispatch(shaders::SAMPLE.kernel("argmax", &[op.logits.dtype]))
             .read(op.logits.row_range(first, count)?)
             .write(op.out.col_range(first, count)?)
@@ -80,7 +78,7 @@ pub(super) fn argmax(call: &mut Call, op: &ops::Argmax) -> Result<()> {
 
 pub(super) fn sample(call: &mut Call, op: &ops::Sample) -> Result<()> {
     call.check([op.logits, op.temperatures, op.uniforms, op.out])?;
-    for (first, count) in blocks(op.logits.rows, call.rows_at_once(&[op.logits])) {
+    for (first, count) in call.row_blocks(&[op.logits]) {
         call.dispatch(shaders::SAMPLE.kernel("sample", &[op.logits.dtype]))
             .read(op.logits.row_range(first, count)?)
             .read(op.temperatures.col_range(first, count)?)

@@ -174,14 +174,24 @@ impl Memory {
         (usize::try_from(bytes).unwrap_or(usize::MAX) / dtype.size()).min(COUNTED as usize / 2)
     }
 
+    /// Values of a view's buffer from one of them to the end of the part that it lies in.
+    pub fn rest_of_part(&self, dtype: DType, value: usize) -> usize {
+        let part = usize::try_from(self.abilities.buffer).unwrap_or(usize::MAX) / dtype.size();
+        part - value % part
+    }
+
+    /// Whole rows of a view from `first` on that lie in the same part of its buffer.
+    pub fn rows_of_part(&self, view: View, first: usize) -> usize {
+        let rest = self.rest_of_part(view.dtype, view.offset.saturating_add(first.saturating_mul(view.stride)));
+        rest.checked_sub(view.cols).map_or(0, |rest| rest / view.stride.max(1) + 1)
+    }
+
     /// A matrix cut into matrices that windows can show, each with the row and the column where it starts.
     pub fn pieces(&self, view: View) -> Result<Vec<(usize, usize, View)>> {
-        let part = usize::try_from(self.abilities.buffer).unwrap_or(usize::MAX) / view.dtype.size();
         let (mut pieces, mut row, mut col) = (Vec::new(), 0, 0);
         while row < view.rows && view.cols > 0 {
             let rest = view.row_range(row, view.rows - row)?;
-            // Values to the end of the part.
-            let room = (part - (rest.offset + col) % part).min(self.shown(view.dtype));
+            let room = self.rest_of_part(view.dtype, rest.offset + col).min(self.shown(view.dtype));
             let rows = (room.saturating_sub(view.cols) / view.stride.max(1) + 1).min(rest.rows);
             let (rows, cols) = match col {
                 0 if room >= view.cols => (rows, view.cols),

@@ -1,6 +1,6 @@
 //! The optimiser's step over ranges of the flat spaces.
 
-use super::call::{Call, blocks};
+use super::call::Call;
 use super::scratch::Slot;
 use super::shaders;
 use crate::backend::{DType, Result, ops};
@@ -12,15 +12,15 @@ pub(super) const MOST_SUMS: usize = 512;
 
 pub(super) fn squared_norm(call: &mut Call, op: &ops::SquaredNorm) -> Result<()> {
     call.check([op.x, op.out])?;
-    let at_once = call.values_at_once(&[op.x]);
+    let blocks = call.value_blocks(&[op.x]);
     let sums_of = |count: usize| count.div_ceil(16 * LANES).min(MOST_SUMS);
-    let total = blocks(op.x.cols, at_once).map(|(_, count)| sums_of(count)).sum();
+    let total = blocks.iter().map(|(_, count)| sums_of(*count)).sum();
     if total == 0 {
         return Ok(());
     }
     let sums = call.scratch(Slot::Partials, 1, total)?;
     let mut done = 0;
-    for (first, count) in blocks(op.x.cols, at_once) {
+    for (first, count) in blocks {
         let groups = sums_of(count);
         call.dispatch(shaders::SQUARED_NORM.kernel("partial", &[]))
             .read(op.x.col_range(first, count)?)
@@ -43,7 +43,8 @@ pub(super) fn clip_factor(call: &mut Call, op: &ops::ClipFactor) -> Result<()> {
 pub(super) fn adamw(call: &mut Call, op: &ops::AdamW) -> Result<()> {
     call.check([op.grad, op.control, op.param, op.moment1, op.moment2].into_iter().chain(op.stored))?;
     let dtype = op.stored.map_or(DType::F32, |stored| stored.dtype);
-    for (first, count) in blocks(op.param.cols, call.values_at_once(&[op.param])) {
+    let views = [op.param, op.grad, op.moment1, op.moment2, op.stored.unwrap_or(op.param)];
+    for (first, count) in call.value_blocks(&views) {
         let stored = op.stored.map(|view| view.col_range(first, count)).transpose()?;
         call.dispatch(shaders::ADAMW.kernel("adamw", &[dtype]).with("STORED", stored.is_some()))
             .read(op.grad.col_range(first, count)?)

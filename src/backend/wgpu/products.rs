@@ -2,7 +2,7 @@
 //!
 //! A matrix that is larger than a binding comes in blocks of its rows: outputs of the weight, or tokens.
 
-use super::call::{Call, blocks};
+use super::call::Call;
 use super::scratch::Slot;
 use super::shaders::{self, Kernel, Shader};
 use super::{cooperative, rows};
@@ -144,13 +144,11 @@ fn outputs_of(weight: View, (first, count): (usize, usize)) -> Result<View> {
 
 pub(super) fn linear(call: &mut Call, op: &ops::Linear) -> Result<()> {
     call.check([op.x, op.weight, op.out.view].into_iter().chain(op.bias))?;
-    let (outputs, k) = (op.weight.rows, op.weight.cols);
-    let outputs_at_once = call.rows_at_once(&[op.weight]);
-    let tokens_at_once = call.rows_at_once(&[op.x, op.out.view]);
-    for block in blocks(outputs, outputs_at_once) {
+    let k = op.weight.cols;
+    for block in call.row_blocks(&[op.weight]) {
         let weight = outputs_of(op.weight, block)?;
         let bias = op.bias.map(|bias| bias.col_range(block.0, block.1)).transpose()?;
-        for (first, count) in blocks(op.x.rows, tokens_at_once) {
+        for (first, count) in call.row_blocks(&[op.x, op.out.view]) {
             let x = op.x.row_range(first, count)?;
             let out = op.out.view.row_range(first, count)?.col_range(block.0, block.1)?;
             if count <= FEW_ROWS && !call.batch_invariant() && call.gpu.abilities.simd_lanes().is_none() {
@@ -179,11 +177,9 @@ pub(super) fn linear_backward_input(call: &mut Call, op: &ops::LinearBackwardInp
         // A sum of nothing.
         return if op.dx.add { Ok(()) } else { rows::fill(call, &ops::Fill { value: 0.0, out: op.dx.view }) };
     }
-    let outputs_at_once = call.rows_at_once(&[op.weight]);
-    let tokens_at_once = call.rows_at_once(&[op.dout, op.dx.view]);
-    for block in blocks(op.weight.rows, outputs_at_once) {
+    for block in call.row_blocks(&[op.weight]) {
         let b = outputs_of(op.weight, block)?;
-        for (first, count) in blocks(op.dout.rows, tokens_at_once) {
+        for (first, count) in call.row_blocks(&[op.dout, op.dx.view]) {
             let a = op.dout.row_range(first, count)?.col_range(block.0, block.1)?;
             let c = op.dx.view.row_range(first, count)?;
             // The outputs of the first block replace or add, those of the others add.
@@ -196,11 +192,9 @@ pub(super) fn linear_backward_input(call: &mut Call, op: &ops::LinearBackwardInp
 
 pub(super) fn linear_backward_weight(call: &mut Call, op: &ops::LinearBackwardWeight) -> Result<()> {
     call.check([op.x, op.dout, op.dweight].into_iter().chain(op.dbias))?;
-    let outputs_at_once = call.rows_at_once(&[op.dweight]);
-    let tokens_at_once = call.rows_at_once(&[op.x, op.dout]);
-    for block in blocks(op.dweight.rows, outputs_at_once) {
+    for block in call.row_blocks(&[op.dweight]) {
         let c = outputs_of(op.dweight, block)?;
-        for (first, count) in blocks(op.x.rows, tokens_at_once) {
+        for (first, count) in call.row_blocks(&[op.x, op.dout]) {
             let a = op.dout.row_range(first, count)?.col_range(block.0, block.1)?;
             let b = op.x.row_range(first, count)?;
             let product = Product { a, a_transposed: true, b, b_transposed: false, bias: None, c, add: true, k: count };

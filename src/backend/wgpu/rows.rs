@@ -1,6 +1,6 @@
 //! Rows moved, filled, scaled and summed.
 
-use super::call::{Call, blocks};
+use super::call::Call;
 use super::elementwise::{COLUMNS, grid, parts};
 use super::scratch::Slot;
 use super::shaders;
@@ -45,9 +45,9 @@ pub(super) fn gather_rows(call: &mut Call, src: View, rows: View, out: View) -> 
         return Ok(());
     }
     let total = src.rows;
-    for (row, n) in blocks(out.rows, call.rows_at_once(&[out])) {
+    for (row, n) in call.row_blocks(&[out]) {
         let (rows, out) = (rows.col_range(row, n)?, out.row_range(row, n)?);
-        for (first, count) in blocks(total, call.rows_at_once(&[src])) {
+        for (first, count) in call.row_blocks(&[src]) {
             call.dispatch(shaders::GATHER.kernel("gather", &[src.dtype, out.dtype]))
                 .read(src.row_range(first, count)?)
                 .read(rows)
@@ -70,9 +70,9 @@ pub(super) fn gather(call: &mut Call, op: &ops::Gather) -> Result<()> {
 pub(super) fn scatter_add(call: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
     let dtype = call.dtype(&[op.src, op.out])?;
     call.check([op.src, op.rows, op.out])?;
-    for (row, n) in blocks(op.src.rows, call.rows_at_once(&[op.src])) {
+    for (row, n) in call.row_blocks(&[op.src]) {
         let (src, rows) = (op.src.row_range(row, n)?, op.rows.col_range(row, n)?);
-        for (first, count) in blocks(op.out.rows, call.rows_at_once(&[op.out])) {
+        for (first, count) in call.row_blocks(&[op.out]) {
             call.dispatch(shaders::SCATTER_ADD.kernel("scatter_add", &[dtype]))
                 .read(src)
                 .read(rows)
@@ -89,9 +89,9 @@ pub(super) fn scatter_add(call: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
 
 pub(super) fn page_write(call: &mut Call, op: &ops::PageWrite) -> Result<()> {
     call.check([op.rows, op.segments.table, op.segments.positions, op.pages, op.out])?;
-    for (token, count) in blocks(op.rows.rows, call.rows_at_once(&[op.rows])) {
+    for (token, count) in call.row_blocks(&[op.rows]) {
         let rows = op.rows.row_range(token, count)?;
-        for (row, n) in blocks(op.out.rows, call.rows_at_once(&[op.out])) {
+        for (row, n) in call.row_blocks(&[op.out]) {
             call.dispatch(shaders::PAGE_WRITE.kernel("page_write", &[rows.dtype, op.out.dtype]))
                 .read(rows)
                 .read(op.segments.table)
@@ -121,7 +121,7 @@ pub(super) fn weighted_sum(call: &mut Call, op: &ops::WeightedSum) -> Result<()>
 /// `out[c] += Σ_r weights[r]·values[r, c]`, all weights 1 where there are none.
 pub(super) fn column_sums(call: &mut Call, values: View, weights: Option<View>, out: View) -> Result<()> {
     call.check([values, out].into_iter().chain(weights))?;
-    for (first, count) in blocks(values.rows, call.rows_at_once(&[values])) {
+    for (first, count) in call.row_blocks(&[values]) {
         let weights = weights.map(|weights| weights.col_range(first, count)).transpose()?;
         add_up(call, values.row_range(first, count)?, weights, out, [Slot::Partials, Slot::Totals])?;
     }
