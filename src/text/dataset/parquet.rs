@@ -13,6 +13,8 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+mod footer;
+
 /// The columns that records are made of.
 const COLUMNS: [&str; 7] = ["text", "messages", "tools", "prompt", "completion", "question", "answer"];
 
@@ -90,6 +92,9 @@ struct Table {
 impl Table {
     fn open(file: impl ChunkReader + 'static) -> Result<Table, String> {
         let bytes = file.len();
+        if !footer(&file).is_none_or(|footer| footer::is_sound(&footer)) {
+            return Err("the footer is malformed, or claims more columns than it has".into());
+        }
         let reader = SerializedFileReader::new(file).map_err(|error| words(&error))?;
         let metadata = reader.metadata();
         for group in metadata.row_groups() {
@@ -121,6 +126,13 @@ impl Table {
     fn next(&mut self) -> Result<Option<Map<String, Value>>, String> {
         self.iterator.next().transpose().map(|row| row.as_ref().map(object)).map_err(|error| words(&error))
     }
+}
+
+/// What lies before the last eight bytes, its length and a magic; nothing where the library will say what is wrong.
+fn footer(file: &impl ChunkReader) -> Option<bytes::Bytes> {
+    let end = file.len().checked_sub(8)?;
+    let length = u32::from_le_bytes(*file.get_bytes(end, 8).ok()?.first_chunk()?);
+    file.get_bytes(end.checked_sub(length.into())?, usize::try_from(length).ok()?).ok()
 }
 
 fn words(error: &parquet::errors::ParquetError) -> String {

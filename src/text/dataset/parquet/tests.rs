@@ -112,6 +112,20 @@ fn a_header_that_claims_more_values_than_the_file_has_is_left_at_its_end() {
 }
 
 #[test]
+fn a_schema_that_claims_more_children_than_it_has_is_refused_before_room_is_made_for_them() {
+    let mut bytes = table(Compression::UNCOMPRESSED);
+    // The root's three children, field 5 after the name, as 2³¹ − 1 of them.
+    let name = bytes.windows(4).rposition(|part| part == b"rows").unwrap();
+    assert_eq!(bytes[name + 4..name + 6], [0x15, 6]);
+    bytes.splice(name + 5..name + 6, [0xfe, 0xff, 0xff, 0xff, 0x0f]);
+    let end = bytes.len() - 8;
+    let length = u32::from_le_bytes(bytes[end..end + 4].try_into().unwrap()) + 4;
+    bytes[end..end + 4].copy_from_slice(&length.to_le_bytes());
+    let (_folder, path) = file(&bytes);
+    assert!(read_records(&path).unwrap_err().to_string().contains("claims more columns"));
+}
+
+#[test]
 fn a_table_without_a_column_of_text_is_named() {
     let schema = Arc::new(parse_message_type("message rows { REQUIRED INT32 number; }").unwrap());
     let writer = SerializedFileWriter::new(Vec::new(), schema, Default::default()).unwrap();
