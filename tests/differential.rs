@@ -135,11 +135,15 @@ fn card() -> Option<Device> {
     }
 }
 
-/// The kernels of the CUDA backend on the CPU, the threads of a block in one of several orders.
+/// The kernels of the CUDA backend on the CPU as on an H100, the threads of a block in one of several orders.
 fn emulated_card(order: u32) -> Device {
+    emulated_card_of((9, 0), order)
+}
+
+fn emulated_card_of(capability: (u32, u32), order: u32) -> Device {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
     let sanitize = std::env::var_os(SANITIZE).is_some();
-    emulated::device(emulated::Emulation { folder, order, sanitize }).unwrap()
+    emulated::device(emulated::Emulation { folder, order, capability, sanitize }).unwrap()
 }
 
 /// Set in a process that was started with the sanitizers' libraries.
@@ -285,6 +289,19 @@ fn kernels_give_the_same_bits_in_any_order_of_their_threads() {
                 if let Err(failure) = case.same_bits(&other, &ascending, seed) {
                     panic!("{} (seed {seed}) in order {order}: {failure}", case.name);
                 }
+            }
+        }
+    }
+}
+
+/// What an H100 has kernels of its own for, on the card before it.
+#[test]
+fn attention_agrees_with_the_reference_on_an_emulated_a100() {
+    let device = emulated_card_of((8, 0), 0);
+    for case in cases::CASES.iter().filter(|case| case.name.starts_with("attention")) {
+        for seed in 0..rounds(&device) {
+            if let Err(failure) = case.run(&device, seed) {
+                panic!("{} (seed {seed}): {failure}", case.name);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::MutexGuard;
 
 use super::driver::{Arguments, Driver, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
-use super::source::{KernelKey, Source, Value};
+use super::source::{KernelKey, ModuleKey, Source, Value};
 use crate::backend::{BufferId, DType, Error, Order, RecordingId, Result, SegmentsView, View, padded_rows};
 
 /// A buffer in device memory.
@@ -22,6 +22,8 @@ pub(super) struct State {
     pub next: u64,
     pub recordings: HashMap<RecordingId, Recorded>,
     kernels: HashMap<KernelKey, Kernel>,
+    /// Modules for this generation of cards alone, and whether they agreed with those for all cards.
+    pub trusted: HashMap<ModuleKey, bool>,
     scratch: (Pointer, usize),
 }
 

@@ -1,6 +1,6 @@
 //! The seam between the host side and what computes: the card's driver, or the CPU that stands in for it in tests.
 
-use super::source::KernelKey;
+use super::source::{KernelKey, ModuleKey};
 use crate::backend::{DType, Result};
 
 /// An address in device memory.
@@ -63,7 +63,7 @@ pub struct Arguments {
 }
 
 /// Words that arguments have room for at first: more than any kernel of ours takes.
-const WORDS: usize = 64;
+const WORDS: usize = 128;
 
 impl Default for Arguments {
     fn default() -> Self {
@@ -77,7 +77,7 @@ impl Arguments {
         Self::default()
     }
 
-    /// Appends an argument of one or two words.
+    /// Appends an argument.
     fn push(mut self, words: &[u64]) -> Self {
         self.starts.push(self.words.len());
         self.words.extend(words);
@@ -109,11 +109,46 @@ impl Arguments {
         self.int(value.to_bits())
     }
 
+    /// A `TensorMap`.
+    pub fn tensor_map(self, map: &TensorMap) -> Self {
+        self.push(map)
+    }
+
     /// Where each argument lies, as the driver takes them.
     pub fn addresses(&self) -> Vec<*mut std::ffi::c_void> {
         self.starts.iter().map(|&start| std::ptr::from_ref(&self.words[start]).cast_mut().cast()).collect()
     }
 }
+
+/// A matrix of 16-bit values `[rows][heads][columns]` in device memory and a box `[box rows][box heads][64]` of it, which
+/// the copy engine takes to shared memory at once. Addresses and strides are multiples of 16 bytes, no size is 0.
+#[derive(Clone, Copy, Debug)]
+pub struct Boxes {
+    /// The first value.
+    pub start: Pointer,
+    /// Bytes from one row to the next.
+    pub row_bytes: usize,
+    /// Rows.
+    pub rows: u32,
+    /// Heads, one behind the other.
+    pub heads: u32,
+    /// Columns of a head.
+    pub columns: u32,
+    /// Rows of a box, at most 256.
+    pub box_rows: u32,
+    /// Heads of a box, at most 256.
+    pub box_heads: u32,
+}
+
+impl Boxes {
+    /// Bytes from one head to the next.
+    pub fn head_bytes(&self) -> u64 {
+        2 * u64::from(self.columns)
+    }
+}
+
+/// What the copy engine is told of [`Boxes`], as a kernel's argument.
+pub type TensorMap = [u64; 16];
 
 /// A matrix of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +220,15 @@ pub trait Driver: Send + Sync {
     /// # Errors
     /// What the compiler said.
     fn load(&self, key: &KernelKey) -> Result<Kernel>;
+    /// What an earlier run kept of a module on this very device, next to its code.
+    fn recall(&self, module: &ModuleKey) -> Option<Vec<u8>>;
+    /// Keeps something of a module on this very device for later runs.
+    fn remember(&self, module: &ModuleKey, value: &[u8]);
+    /// Describes boxes to the copy engine.
+    ///
+    /// # Errors
+    /// When it cannot copy such ones.
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap>;
     /// Launches a kernel.
     ///
     /// # Errors

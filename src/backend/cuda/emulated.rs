@@ -12,8 +12,11 @@ use half::{bf16, f16};
 use libloading::Library;
 use sha2::{Digest, Sha256};
 
-use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Matrix, Pointer, Product, Region, Shape};
-use super::source::{HEADERS, KernelKey, Source};
+use super::driver::{
+    Arguments, Boxes, Driver, Finish, Graph, Kernel, Limits, Matrix, Pointer, Product, Region, Shape, TensorMap,
+};
+use super::mixers::AGREES;
+use super::source::{HEADERS, KernelKey, ModuleKey, Source};
 use crate::backend::{DType, Device, Error, Result};
 
 /// Where the compiled kernels go, and how they run.
@@ -23,6 +26,8 @@ pub struct Emulation {
     pub folder: PathBuf,
     /// The order in which the threads of a block take turns.
     pub order: u32,
+    /// The architecture that it stands for, (9, 0) for an H100.
+    pub capability: (u32, u32),
     /// Watch addresses and undefined behaviour; the process must have been started for it.
     pub sanitize: bool,
 }
@@ -35,26 +40,31 @@ pub const NAME: &str = "emulated card";
 /// # Errors
 /// When there is no C++ compiler.
 pub fn device(emulation: Emulation) -> Result<Device> {
+    Ok(super::over(Box::new(driver(emulation)?)))
+}
+
+pub(super) fn driver(emulation: Emulation) -> Result<Emulated> {
     std::fs::create_dir_all(&emulation.folder).map_err(|error| failed("making a folder", error))?;
     let limits = Limits {
         name: NAME.into(),
-        capability: (9, 0),
+        capability: emulation.capability,
         multiprocessors: 4,
         shared_bytes: 232_448,
         memory_bytes: 1 << 34,
     };
     let (memory, kernels, graphs) = (Mutex::default(), Mutex::default(), Mutex::default());
-    Ok(super::over(Box::new(Emulated { emulation, limits, memory, kernels, graphs })))
+    Ok(Emulated { emulation, limits, memory, kernels, graphs })
 }
 
-static EMULATE: [Source; 2] = [
+static EMULATE: [Source; 3] = [
     Source { name: "emulate.h", text: include_str!("../../../kernels/emulate.h") },
+    Source { name: "emulate_sm90.h", text: include_str!("../../../kernels/emulate_sm90.h") },
     Source { name: "emulate_types.h", text: include_str!("../../../kernels/emulate_types.h") },
 ];
 
 type Launcher = unsafe extern "C" fn(*mut *mut c_void, *const u32, *const u32, usize, u32) -> *const c_char;
 
-struct Emulated {
+pub(super) struct Emulated {
     emulation: Emulation,
     limits: Limits,
     memory: Mutex<HashMap<Pointer, Layout>>,
@@ -271,6 +281,23 @@ impl Driver for Emulated {
         kernels.libraries.push(library);
         kernels.launchers.push((launcher, key.entry));
         Ok(Kernel(kernels.launchers.len() - 1))
+    }
+
+    /// Every test holds the kernels to the reference, so that they need not be held to each other at first.
+    fn recall(&self, _: &ModuleKey) -> Option<Vec<u8>> {
+        Some(AGREES.into())
+    }
+
+    fn remember(&self, _: &ModuleKey, _: &[u8]) {}
+
+    /// `TensorMap` of `ptx.cuh` on the CPU.
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap> {
+        let [columns, heads, rows, box_heads, box_rows] =
+            [boxes.columns, boxes.heads, boxes.rows, boxes.box_heads, boxes.box_rows].map(u64::from);
+        let (row_bytes, head_bytes) = (boxes.row_bytes as u64, boxes.head_bytes());
+        let mut map = [0; 16];
+        map[..8].copy_from_slice(&[boxes.start, row_bytes, head_bytes, columns, heads, rows, box_heads, box_rows]);
+        Ok(map)
     }
 
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {

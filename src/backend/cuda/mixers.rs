@@ -4,7 +4,7 @@ mod attention;
 mod conv;
 mod scan;
 
-pub(super) use attention::{attention, attention_backward};
+pub(super) use attention::{AGREES, attention, attention_backward};
 pub(super) use conv::{conv1d, conv1d_backward};
 pub(super) use scan::{SCAN_CHUNK, selective_scan, selective_scan_backward};
 
@@ -12,13 +12,17 @@ use super::driver::Limits;
 use super::source::{self, ModuleKey, Value};
 use crate::backend::Largest;
 
+/// The architecture of an H100.
+const H100: (u32, u32) = (9, 0);
+
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     conv::scratch_bytes(largest).max(scan::scratch_bytes(largest)).max(attention::scratch_bytes(limits, largest))
 }
 
-/// The modules that calls ask for as a rule: activations of one storage type, parameters of any.
-pub(super) fn variants() -> Vec<ModuleKey> {
+/// The modules that calls ask for as a rule on a card of an architecture: activations of one storage type, parameters of
+/// any.
+pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
     let types = ["float", "bf16", "f16"].map(Value::Type);
     let alike = |source, names: &[&'static str], of: Value, more: &[(&'static str, Value)]| {
         let defines: Vec<_> = names.iter().map(|&name| (name, of)).chain(more.iter().copied()).collect();
@@ -50,6 +54,10 @@ pub(super) fn variants() -> Vec<ModuleKey> {
                 all.push(alike(&source::ATTENTION_MMA, &["T_X"], *of, &more));
             }
             all.push(alike(&source::ATTENTION_BACKWARD_MMA, &["T_X"], *of, &[head_dim]));
+            if capability == H100 {
+                all.push(alike(&source::ATTENTION_WGMMA, &["T_X"], *of, &[head_dim]));
+                all.push(alike(&source::ATTENTION_BACKWARD_WGMMA, &["T_X"], *of, &[head_dim]));
+            }
         }
     }
     all

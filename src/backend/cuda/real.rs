@@ -8,7 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUmemorytype, CUresult};
 
 use super::blas::{self, Blas, WORKSPACE};
+<<<<<<< HEAD
 use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
+=======
+use super::cache::Cache;
+use super::driver::{Arguments, Boxes, Driver, Finish, Kernel, Limits, Pointer, Product, Region, Shape, TensorMap};
+>>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
 use super::source::{HEADERS, KernelKey, ModuleKey};
 use super::staging::{Arrival, Ring, SLOT, Spare};
 use super::{compiler, libraries};
@@ -183,6 +188,8 @@ unsafe impl Send for Parts {}
 /// A card.
 pub struct Card {
     limits: Limits,
+    /// Tells this card, with this driver, from all others.
+    identity: String,
     compiler: (u32, u32),
     cache: Cache,
     parts: Mutex<Parts>,
@@ -204,9 +211,15 @@ impl Card {
         let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
         let cache = Cache::of_user("cuda");
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
+<<<<<<< HEAD
         let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
         let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, early: false, made: 0 };
         Ok(Card { limits, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
+=======
+        let parts = Parts { ring: Ring::new(&context)?, blas, modules: HashMap::new(), kernels: Vec::new() };
+        let identity = identity(&limits, device)?;
+        Ok(Card { limits, identity, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
+>>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
     }
 
     fn parts(&self) -> MutexGuard<'_, Parts> {
@@ -217,17 +230,29 @@ impl Card {
         Error::Failed { device: self.limits.name.clone(), what: what.into(), why: why.into() }
     }
 
+    /// The name of what is kept of a module; `of` tells its code apart from what was found out about it.
+    fn entry(&self, module: &ModuleKey, of: &[&str]) -> String {
+        let text = module.text();
+        let identity = compiler::identity(self.compiler, &compiler::architecture(self.limits.capability));
+        let mut parts = vec![identity.as_str(), &text];
+        parts.extend(HEADERS.iter().flat_map(|header| [header.name, header.text]));
+        parts.extend(of);
+        Cache::name(&parts)
+    }
+
+    /// The name of what was found out about a module on this card with this driver.
+    fn findings(&self, module: &ModuleKey) -> String {
+        self.entry(module, &["findings", &self.identity])
+    }
+
     /// The code of a module, from the cache or from the compiler.
     fn cubin(&self, module: &ModuleKey) -> Result<Vec<u8>> {
-        let (text, architecture) = (module.text(), compiler::architecture(self.limits.capability));
-        let identity = compiler::identity(self.compiler, &architecture);
-        let headers = HEADERS.map(|header| (header.name, header.text));
-        let mut parts = vec![identity.as_str(), &text];
-        parts.extend(headers.iter().flat_map(|&(name, text)| [name, text]));
-        let entry = Cache::name(&parts);
+        let entry = self.entry(module, &[]);
         if let Some(cubin) = self.cache.get(&entry) {
             return Ok(cubin);
         }
+        let (text, architecture) = (module.text(), compiler::architecture(self.limits.capability));
+        let headers = HEADERS.map(|header| (header.name, header.text));
         let compiled = compiler::compile(&text, &headers, &architecture);
         let cubin = compiled.map_err(|log| self.failed(format!("compiling {module}"), log))?.cubin;
         self.cache.put(&entry, &cubin);
@@ -261,6 +286,17 @@ impl Card {
             self.context.check("setting up a kernel", sys::cuFuncSetAttribute(function, most, rest))
         }
     }
+}
+
+/// A card's own number, and the driver's version.
+fn identity(limits: &Limits, device: CUdevice) -> Result<String> {
+    let (mut uuid, mut version) = (sys::CUuuid { bytes: [0; 16] }, 0);
+    // SAFETY: each writes what it is given room for.
+    unsafe {
+        check(&limits.name, "asking the card", sys::cuDeviceGetUuid_v2(&mut uuid, device))?;
+        check(&limits.name, "asking the driver", sys::cuDriverGetVersion(&mut version))?;
+    }
+    Ok(format!("{} {:?} {version}", limits.name, uuid.bytes))
 }
 
 /// The pool keeps what was freed, so that a step that allocates what it freed before costs the driver nothing.
@@ -421,8 +457,44 @@ impl Driver for Card {
         Ok(Kernel(parts.kernels.len() - 1))
     }
 
+<<<<<<< HEAD
     /// A kernel that may be launched early is, but only after another such one: that one has waited for all before it when
     /// this one starts, so that what this one reads before it waits, weights, is there.
+=======
+    fn recall(&self, module: &ModuleKey) -> Option<Vec<u8>> {
+        self.cache.get(&self.findings(module))
+    }
+
+    fn remember(&self, module: &ModuleKey, value: &[u8]) {
+        self.cache.put(&self.findings(module), value);
+    }
+
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap> {
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let sizes = [boxes.columns, boxes.heads, boxes.rows].map(u64::from);
+        let (strides, of_box) = ([boxes.head_bytes(), boxes.row_bytes as u64], [64, boxes.box_heads, boxes.box_rows]);
+        // SAFETY: writes the map; the arrays have a number an axis, the strides one less.
+        let result = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                3,
+                std::ptr::with_exposed_provenance_mut(boxes.start as usize),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                of_box.as_ptr(),
+                [1; 3].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        self.context.check("describing a matrix to the copy engine", result)?;
+        Ok(map.opaque)
+    }
+
+>>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         self.context.enter()?;
         let mut parts = self.parts();

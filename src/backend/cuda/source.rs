@@ -47,6 +47,7 @@ sources! {
     SCAN: "scan.cuh";
     KEYS: "attention.cuh";
     TILES: "attention_mma.cuh";
+    BOXES: "attention_wgmma.cuh";
     EMBED: "embed.cu";
     RMS_NORM: "rms_norm.cu";
     COLUMNS: "columns.cu";
@@ -69,10 +70,12 @@ sources! {
     ATTENTION_BACKWARD: "attention_backward.cu";
     ATTENTION_MMA: "attention_mma.cu";
     ATTENTION_BACKWARD_MMA: "attention_backward_mma.cu";
+    ATTENTION_WGMMA: "attention_wgmma.cu";
+    ATTENTION_BACKWARD_WGMMA: "attention_backward_wgmma.cu";
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 7] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS, &TILES];
+pub static HEADERS: [&Source; 8] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &KEYS, &TILES, &BOXES];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

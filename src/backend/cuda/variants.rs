@@ -32,8 +32,8 @@ fn gemv() -> impl Iterator<Item = ModuleKey> {
     })
 }
 
-/// All of them.
-pub fn all() -> Vec<ModuleKey> {
+/// All of them, on a card of an architecture.
+pub fn all(capability: (u32, u32)) -> Vec<ModuleKey> {
     let mut all: Vec<ModuleKey> = embed().chain(gemv()).collect();
     let files: [(&Source, &[&[&str]]); 11] = [
         (&source::RMS_NORM, &[&["T_X", "T_W", "T_OUT"]]),
@@ -51,6 +51,6 @@ pub fn all() -> Vec<ModuleKey> {
     for (source, kinds) in files {
         all.extend(kinds.iter().flat_map(|names| typed(source, names)));
     }
-    all.extend(mixers::variants());
+    all.extend(mixers::variants(capability));
     all
 }

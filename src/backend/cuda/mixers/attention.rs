@@ -1,8 +1,14 @@
-//! Attention's launches: on tensor cores `kernels/attention_mma.cu` and `kernels/attention_backward_mma.cu`, for other head
-//! sizes and storage `kernels/attention.cu` and `kernels/attention_backward.cu`.
+//! Attention's launches: on an H100 those of [`wgmma`], on other tensor cores `kernels/attention_mma.cu` and
+//! `kernels/attention_backward_mma.cu`, for other head sizes and storage `kernels/attention.cu` and
+//! `kernels/attention_backward.cu`.
 
-use crate::backend::cuda::call::{Call, Place};
-use crate::backend::cuda::driver::{Arguments, Limits, Shape};
+mod trust;
+mod wgmma;
+
+pub(in crate::backend::cuda) use trust::AGREES;
+
+use crate::backend::cuda::call::{Call, Place, SegmentsPlace};
+use crate::backend::cuda::driver::{Arguments, Limits, Pointer, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{DType, Largest, Result, ops};
 
@@ -19,7 +25,7 @@ const MOST_PARTS: usize = 64;
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
     let decoded = largest.segments.saturating_mul(largest.width.saturating_add(largest.heads)).saturating_mul(4);
-    delta.max(decoded.saturating_mul(parts(limits, largest.segments.max(1), largest.keys)))
+    delta.max(decoded.saturating_mul(parts(limits, largest.segments.max(1), largest.keys))).max(wgmma::COUNTER_BYTES)
 }
 
 /// Parts of the keys in a decode step, so that a few blocks go to each multiprocessor and each has a few tiles.
@@ -56,39 +62,87 @@ fn on_tensor_cores(shape: &ops::AttentionShape, rows: usize, places: &[&Place]) 
         && places.iter().all(fits)
 }
 
+/// Pages of keys and values: the table `[slots, a_slot]`.
+#[derive(Clone, Copy)]
+struct Pages {
+    table: Pointer,
+    slots: usize,
+    a_slot: usize,
+    page_size: usize,
+}
+
+/// What a forward call works on, each where it lies.
+struct Forward {
+    shape: ops::AttentionShape,
+    q: Place,
+    k: Place,
+    v: Place,
+    pages: Option<Pages>,
+    segments: SegmentsPlace,
+    out: Place,
+    lse: Option<Place>,
+}
+
+impl Forward {
+    fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// A step of decoding has about a row a segment: few rows a block, and the keys split over many blocks.
+    fn decodes(&self) -> bool {
+        self.q.rows <= 2 * self.segments.capacity
+    }
+
+    /// The arguments of the kernels that run on all cards.
+    fn arguments(&self, c: &Call) -> Result<Arguments> {
+        let none = Pages { table: 0, slots: 0, a_slot: 0, page_size: 1 };
+        let Pages { table, slots, a_slot, page_size } = self.pages.unwrap_or(none);
+        let arguments = Arguments::new().place(&self.q).place(&self.k).place(&self.v).size(self.k.rows).pointer(table);
+        let arguments = arguments.size(slots).size(a_slot).int(c.int("page", page_size)?).pointer(self.segments.table);
+        let arguments = arguments.int(c.int("segments", self.segments.capacity)?).size(self.q.rows);
+        let arguments = arguments.int(c.int("group", self.group())?).float(self.shape.scale);
+        Ok(arguments.size(window(&self.shape)).place(&self.out).maybe_place(self.lse))
+    }
+}
+
 pub(in crate::backend::cuda) fn attention(c: &mut Call, op: &ops::Attention) -> Result<()> {
-    let shape = &op.shape;
     let (ops::Keys::Rows { k, v } | ops::Keys::Pages { k, v, .. }) = op.keys;
     let (q, k) = (c.floats("q", op.q)?, c.floats("k", k)?);
     let (v, segments) = (c.like("v", v, &k)?, c.segments(&op.segments)?);
     let (out, lse) = (c.floats("out", op.out)?, c.maybe_f32("lse", op.lse)?);
-    let (pages, slots, a_slot, page_size) = match op.keys {
-        ops::Keys::Rows { .. } => (0, 0, 0, 1),
+    let pages = match op.keys {
+        ops::Keys::Rows { .. } => None,
         ops::Keys::Pages { pages, page_size, .. } => {
             let table = c.table("pages", pages)?;
-            (table.start, table.rows, table.cols, page_size)
+            Some(Pages { table: table.start, slots: table.rows, a_slot: table.cols, page_size })
         }
     };
-    let (head_dim, group) = (c.int("head", shape.head_dim)?, c.int("group", shape.heads / shape.kv_heads)?);
-    let arguments = Arguments::new().place(&q).place(&k).place(&v).size(k.rows).pointer(pages).size(slots);
-    let arguments = arguments.size(a_slot).int(c.int("page", page_size)?).pointer(segments.table);
-    let arguments = arguments.int(c.int("segments", segments.capacity)?).size(q.rows).int(group).float(shape.scale);
-    let arguments = arguments.size(window(shape)).place(&out).maybe_place(lse);
-    let head_dim = ("HEAD_DIM", Value::Number(head_dim));
-    // A step of decoding has about a row a segment: few rows a block, and the keys split over many blocks.
-    let decoding = q.rows <= 2 * segments.capacity;
+    let call = Forward { shape: op.shape, q, k, v, pages, segments, out, lse };
+    if wgmma::takes(c, &call) && trust::forward_agrees(c, &call) {
+        return wgmma::forward(c, &call);
+    }
+    forward(c, &call)
+}
+
+/// Forward on any card.
+fn forward(c: &mut Call, call: &Forward) -> Result<()> {
+    let Forward { shape, q, k, v, out, .. } = call;
+    let arguments = call.arguments(c)?;
+    let head_dim = ("HEAD_DIM", Value::Number(c.int("head", shape.head_dim)?));
+    let decoding = call.decodes();
     let (warps, m_tiles) = if decoding { (1, 1) } else { (4, 2) };
     let rows = warps * m_tiles * 16;
-    if !on_tensor_cores(shape, rows, &[&q, &k, &v, &out]) {
+    if !on_tensor_cores(shape, rows, &[q, k, v, out]) {
         let defines = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim];
         return c.launch((&source::ATTENTION, "attention"), &defines, by_rows(c, q.rows, shape.heads)?, &arguments);
     }
-    let keys = if pages == 0 { k.rows } else { a_slot.saturating_mul(page_size) };
-    let parts = if decoding { parts(c.limits(), segments.capacity * shape.kv_heads, keys) } else { 1 };
+    let keys = call.pages.map_or(k.rows, |pages| pages.a_slot.saturating_mul(pages.page_size));
+    let blocks = call.segments.capacity * shape.kv_heads;
+    let parts = if decoding { parts(c.limits(), blocks, keys) } else { 1 };
     let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
     let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
     let arguments = arguments.pointer(partial_out).pointer(partial_lse);
-    let tiles = q.rows / (rows / group as usize) + segments.capacity;
+    let tiles = q.rows / (rows / call.group()) + call.segments.capacity;
     let grid = [c.int("heads", shape.kv_heads)?, along(c, "tiles of queries", tiles)?, parts as u32];
     let shared_bytes = ((rows + 4 * KEYS) * shape.head_dim * 2) as u32;
     let blocks = Shape { grid, block: [32 * warps as u32, 1, 1], shared_bytes };
@@ -100,18 +154,53 @@ pub(in crate::backend::cuda) fn attention(c: &mut Call, op: &ops::Attention) -> 
         return Ok(());
     }
     let arguments = Arguments::new().pointer(partial_out).pointer(partial_lse).int(parts as u32).size(q.rows);
-    let arguments = arguments.int(c.int("heads", shape.heads)?).place(&out).maybe_place(lse);
+    let arguments = arguments.int(c.int("heads", shape.heads)?).place(out).maybe_place(call.lse);
     c.launch((source, "attention_combine"), &defines, by_rows(c, q.rows * shape.heads, 1)?, &arguments)
 }
 
+/// What a backward call works on, each where it lies.
+struct Backward {
+    shape: ops::AttentionShape,
+    q: Place,
+    k: Place,
+    v: Place,
+    segments: SegmentsPlace,
+    out: Place,
+    lse: Place,
+    dout: Place,
+    dq: Place,
+    dk: Place,
+    dv: Place,
+}
+
+impl Backward {
+    fn group(&self) -> usize {
+        self.shape.heads / self.shape.kv_heads
+    }
+
+    /// The arguments of the kernels between those of the factors and of the gradients.
+    fn sizes(&self, c: &Call, arguments: Arguments, delta: Pointer) -> Result<Arguments> {
+        let arguments = arguments.size(self.k.rows).pointer(self.segments.table);
+        let arguments = arguments.int(c.int("segments", self.segments.capacity)?).size(self.q.rows);
+        let arguments = arguments.int(c.int("heads", self.shape.heads)?).int(c.int("group", self.group())?);
+        let arguments = arguments.float(self.shape.scale).size(window(&self.shape)).place(&self.lse);
+        Ok(arguments.pointer(delta))
+    }
+}
+
 pub(in crate::backend::cuda) fn attention_backward(c: &mut Call, op: &ops::AttentionBackward) -> Result<()> {
-    let shape = &op.shape;
     let (q, k, out) = (c.floats("q", op.q)?, c.floats("k", op.k)?, c.floats("out", op.out)?);
     let (v, segments, lse) = (c.like("v", op.v, &k)?, c.segments(&op.segments)?, c.f32("lse", op.lse)?);
     let (dout, dq, dk) = (c.floats("dout", op.dout)?, c.floats("dq", op.dq)?, c.floats("dk", op.dk)?);
     let dv = c.like("dv", op.dv, &dk)?;
-    let (heads, group) = (c.int("heads", shape.heads)?, c.int("group", shape.heads / shape.kv_heads)?);
-    let (capacity, kv_heads) = (c.int("segments", segments.capacity)?, c.int("heads", shape.kv_heads)?);
+    let call = Backward { shape: op.shape, q, k, v, segments, out, lse, dout, dq, dk, dv };
+    let on_h100 = wgmma::takes_backward(c, &call) && trust::backward_agrees(c, &call);
+    backward(c, &call, on_h100)
+}
+
+/// Backward, the products on any card or as an H100 alone makes them.
+fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
+    let Backward { shape, q, k, v, segments, out, dout, dq, dk, dv, .. } = call;
     let head_dim = ("HEAD_DIM", Value::Number(c.int("head", shape.head_dim)?));
     let types = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), ("T_DOUT", dout.of()), ("T_DQ", dq.of())];
     let mut defines = types.to_vec();
@@ -119,30 +208,35 @@ pub(in crate::backend::cuda) fn attention_backward(c: &mut Call, op: &ops::Atten
     let [delta] = c.scratch([4 * q.rows * shape.heads])?;
 
     let plain = &source::ATTENTION_BACKWARD;
-    let arguments = Arguments::new().place(&out).place(&dout).size(q.rows).int(heads).pointer(delta);
+    let heads = c.int("heads", shape.heads)?;
+    let arguments = Arguments::new().place(out).place(dout).size(q.rows).int(heads).pointer(delta);
     c.launch((plain, "attention_delta"), &defines, by_rows(c, q.rows * shape.heads, 1)?, &arguments)?;
 
-    let inputs = Arguments::new().place(&q).place(&k).place(&v).size(k.rows).pointer(segments.table).int(capacity);
-    let inputs = inputs.size(q.rows).int(heads).int(group).float(shape.scale).size(window(shape)).place(&lse);
-    let inputs = inputs.pointer(delta).place(&dout);
-    let (of_dq, of_dkv) = (inputs.clone().place(&dq), inputs.place(&dk).place(&dv));
-    if !on_tensor_cores(shape, KEYS, &[&q, &k, &v, &dout, &dq, &dk, &dv]) {
+    let inputs = call.sizes(c, Arguments::new().place(q).place(k).place(v), delta)?.place(dout);
+    let (of_dq, of_dkv) = (inputs.clone().place(dq), inputs.place(dk).place(dv));
+    if !on_tensor_cores(shape, KEYS, &[q, k, v, dout, dq, dk, dv]) {
         c.launch((plain, "attention_dq"), &defines, by_rows(c, q.rows, shape.heads)?, &of_dq)?;
         return c.launch((plain, "attention_dkv"), &defines, by_rows(c, k.rows, shape.kv_heads)?, &of_dkv);
     }
     let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
-    let query_tiles = along(c, "tiles of queries", q.rows / (DQ_ROWS / group as usize) + segments.capacity)?;
-    let key_tiles = along(c, "tiles of keys", k.rows / KEYS + segments.capacity)?;
-    let blocks = |tiles, threads, shared_bytes: usize| Shape {
-        grid: [kv_heads, tiles, 1],
-        block: [threads, 1, 1],
-        shared_bytes: shared_bytes as u32,
-    };
-    let by_queries = blocks(query_tiles, 256, (2 * DQ_ROWS + 4 * KEYS) * shape.head_dim * 2);
-    c.launch((source, "attention_dq_mma"), &defines, by_queries, &of_dq)?;
-    let by_keys = blocks(key_tiles, 128, 6 * KEYS * shape.head_dim * 2 + 4 * KEYS * 4);
-    c.launch((source, "attention_dkv_mma"), &defines, by_keys, &of_dkv)?;
+    if on_h100 {
+        wgmma::backward(c, call, delta)?;
+    } else {
+        let kv_heads = c.int("heads", shape.kv_heads)?;
+        let query_tiles = along(c, "tiles of queries", q.rows / (DQ_ROWS / call.group()) + segments.capacity)?;
+        let key_tiles = along(c, "tiles of keys", k.rows / KEYS + segments.capacity)?;
+        let blocks = |tiles, threads, shared_bytes: usize| Shape {
+            grid: [kv_heads, tiles, 1],
+            block: [threads, 1, 1],
+            shared_bytes: shared_bytes as u32,
+        };
+        let by_queries = blocks(query_tiles, 256, (2 * DQ_ROWS + 4 * KEYS) * shape.head_dim * 2);
+        c.launch((source, "attention_dq_mma"), &defines, by_queries, &of_dq)?;
+        let by_keys = blocks(key_tiles, 128, 6 * KEYS * shape.head_dim * 2 + 4 * KEYS * 4);
+        c.launch((source, "attention_dkv_mma"), &defines, by_keys, &of_dkv)?;
+    }
+    let capacity = c.int("segments", segments.capacity)?;
     let rest = Arguments::new().pointer(segments.table).int(capacity).size(k.rows).int(c.int("columns", dk.cols)?);
     let few = Shape { grid: [64, 1, 1], block: [128, 1, 1], shared_bytes: 0 };
-    c.launch((source, "attention_no_keys"), &defines, few, &rest.place(&dk).place(&dv))
+    c.launch((source, "attention_no_keys"), &defines, few, &rest.place(dk).place(dv))
 }
