@@ -1,15 +1,16 @@
 // The gradients of attention on the H100's tensor cores (attention_backward.cu has the formulas and leaves δ).
 //
 // In both kernels the first warpgroup copies and the others multiply, 64 rows each, as in attention_wgmma.cu.
-// attention_dkv_wgmma: a block has KEYS keys of one head and goes over tiles of QUERY_ROWS rows of the queries that see
+// attention_dkv_wgmma: a block has KEYS_A_BLOCK keys of one head and goes over tiles of QUERY_ROWS rows of the queries that see
 // them, the last first: Sᵀ = K·Qᵀ, dPᵀ = V·doutᵀ, dV += Pᵀ·dout, dK += dSᵀ·Q. Blocks: key heads along x, key tiles
 // along y.
 // attention_dq_wgmma: a block has ROWS rows of queries, the heads of a group together, and goes over tiles of
 // KEYS_A_SLOT keys, the last first: S = Q·Kᵀ, dP = dout·Vᵀ, dS = P·(dP − δ), dQ += dS·K. Blocks: key heads along x, query
 // tiles along y, the last first.
-// Both sum in the order of the tiles: S and dP are computed twice, so that nothing is added by two blocks.
+// Both sum in the order of the tiles: S and dP are computed twice, so that nothing is added by two blocks. No product runs
+// from one turn of a loop into the next: the compiler would let them run one after the other then.
 //
-// Shared memory: (2·KEYS + STAGES·2·QUERY_ROWS)·HEAD_DIM·2 + STAGES·8·QUERY_ROWS + 1024 bytes, and
+// Shared memory: (2·KEYS_A_BLOCK + STAGES·2·QUERY_ROWS)·HEAD_DIM·2 + STAGES·8·QUERY_ROWS + 1024 bytes, and
 // (2·ROWS + SLOTS·KEYS_A_SLOT)·HEAD_DIM·2 + 1024. Registers: 168 (HEAD_DIM 64: 128) and 128 at launch, no spills.
 // Macros: those of attention_wgmma.cuh. Source: Shah et al., arXiv:2407.08608.
 #include "attention_wgmma.cuh"
@@ -40,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     H1_DYNAMIC_SHARED(shared);
     SharedAddress k_tile = shared_address(shared), v_tile = k_tile + BLOCK_BYTES, stages = v_tile + BLOCK_BYTES;
     float* sums = reinterpret_cast<float*>(shared + 2 * BLOCK_BYTES + STAGES * 2 * QUERY_BYTES);
-    SharedAddress full = shared_address(sums + STAGES * 2 * QUERY_ROWS), empty = full + 8 * STAGES, kv_full = empty + 8 * STAGES;
+    SharedAddress full = shared_address(sums + STAGES * 2 * QUERY_ROWS), empty = full + 8 * STAGES;
+    SharedAddress kv_full = empty + 8 * STAGES;
     int kv_head = blockIdx.x, lane = threadIdx.x % WARP, queries = QUERY_ROWS / group;
     SegmentTile tile(segments, capacity, tokens, blockIdx.y, KEYS_A_BLOCK, true);
     Segment segment = tile.segment;
@@ -71,7 +73,8 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
         Ring<STAGES> at;
 #pragma unroll 1
         for (int step = steps - 1; step >= 0; --step, at.next()) {
-            int from = first + step * queries, used = min(queries, end - from) * group, row0 = segment.start + (from - past);
+            int from = first + step * queries, used = min(queries, end - from) * group;
+            int row0 = segment.start + (from - past);
             SharedAddress to = stages + at.slot * 2 * QUERY_BYTES, barrier = full + 8 * at.slot;
             barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
             if (lane == 0) {
@@ -102,7 +105,6 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     for (int i = 0; i < HEAD_DIM / 2; ++i) dk_total[i] = dv_total[i] = 0.0f;
     if (steps > 0) barrier_wait(kv_full, 0);
     Ring<STAGES> at;
-    int before = -1;
     for (int step = steps - 1; step >= 0; --step, at.next()) {
         int from = first + step * queries, count = min(queries, end - from);
         SharedAddress q_tile = stages + at.slot * 2 * QUERY_BYTES, dout_tile = q_tile + QUERY_BYTES;
@@ -117,15 +119,16 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
         products_commit();
         products_wait<1>();
         keep(scores);
-        if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
-        before = at.slot;
 #pragma unroll
         for (int n = 0; n < QUERY_ROWS / 8; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float row_lse = of_rows[n * 8 + j];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) scores[n * 4 + r * 2 + j] = exp2_fast(fmaf(scores[n * 4 + r * 2 + j], scale_log2, -row_lse));
+                for (int r = 0; r < 2; ++r) {
+                    float& score = scores[n * 4 + r * 2 + j];
+                    score = exp2_fast(fmaf(score, scale_log2, -row_lse));
+                }
             }
         if (key_last > from || (window > 0 && key0 <= from + count - 1 - window)) {
 #pragma unroll
@@ -147,16 +150,20 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
             for (int j = 0; j < 2; ++j) {
                 float row_delta = of_rows[QUERY_ROWS + n * 8 + j];
 #pragma unroll
-                for (int r = 0; r < 2; ++r) slopes[n * 4 + r * 2 + j] = scores[n * 4 + r * 2 + j] * (slopes[n * 4 + r * 2 + j] - row_delta);
+                for (int r = 0; r < 2; ++r) {
+                    float& slope = slopes[n * 4 + r * 2 + j];
+                    slope = unpacked(of_p, n * 4 + r * 2 + j) * (slope - row_delta);
+                }
             }
         pack_fragments(of_slope, slopes);
         products_begin();
         multiply_fragments<QUERY_ROWS>(dk_total, of_slope, q_tile);
         products_commit();
+        products_wait<0>();
+        keep(dk_total);
+        keep(dv_total);
+        if (lane == 0) barrier_arrive(empty + 8 * at.slot);
     }
-    products_wait<0>();
-    keep(dk_total);
-    keep(dv_total);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         int key = warp_row + r * 8;
@@ -198,7 +205,8 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_wgmma(B
                 SharedAddress barrier = full + 8 * at.slot;
                 barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
                 barrier_expect(barrier, SLOT_BYTES);
-                copy_tile<KEYS_A_SLOT>(ring + at.slot * SLOT_BYTES, values ? v : k, kv_head, segment.keys + key_tile * KEYS_A_SLOT, barrier);
+                copy_tile<KEYS_A_SLOT>(ring + at.slot * SLOT_BYTES, values ? v : k, kv_head,
+                                       segment.keys + key_tile * KEYS_A_SLOT, barrier);
             }
         return;
     }
@@ -221,14 +229,14 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_wgmma(B
     }
     barrier_wait(q_full, 0);
     Ring<SLOTS> at;
-    int before = -1;
     for (int key_tile = to_tile; key_tile >= from_tile; --key_tile) {
         int key0 = key_tile * KEYS_A_SLOT;
         Ring<SLOTS> of_v = at;
         of_v.next();
         SharedAddress k_tile = ring + at.slot * SLOT_BYTES, v_tile = ring + of_v.slot * SLOT_BYTES;
         barrier_wait(full + 8 * at.slot, at.parity);
-        if (key0 < first || key0 + KEYS_A_SLOT - 1 > last) clear_outside<KEYS_A_SLOT, 1>(k_tile, first - key0, last + 1 - key0);
+        if (key0 < first || key0 + KEYS_A_SLOT - 1 > last)
+            clear_outside<KEYS_A_SLOT, 1>(k_tile, first - key0, last + 1 - key0);
         products_begin();
         multiply_rows<ROWS, KEYS_A_SLOT>(scores, my_q, k_tile);
         products_commit();
@@ -237,10 +245,9 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_wgmma(B
         products_commit();
         products_wait<1>();
         keep(scores);
-        if (before >= 0 && lane == 0) barrier_arrive(empty + 8 * before);
-        before = at.slot;
 #pragma unroll
-        for (int i = 0; i < KEYS_A_SLOT / 2; ++i) scores[i] = exp2_fast(fmaf(scores[i], scale_log2, -row_lse[i / 2 % 2]));
+        for (int i = 0; i < KEYS_A_SLOT / 2; ++i)
+            scores[i] = exp2_fast(fmaf(scores[i], scale_log2, -row_lse[i / 2 % 2]));
         products_wait<0>();
         keep(slopes);
         if (lane == 0) barrier_arrive(empty + 8 * of_v.slot);
@@ -257,14 +264,16 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_wgmma(B
         products_begin();
         multiply_fragments<KEYS_A_SLOT>(total, of_slope, k_tile);
         products_commit();
+        products_wait<0>();
+        keep(total);
+        if (lane == 0) barrier_arrive(empty + 8 * at.slot);
         at = of_v;
         at.next();
     }
-    products_wait<0>();
-    keep(total);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         int row = warp_row + r * 8;
-        if (row < tile.count * group) store_row(dq.row(row0 + row / group) + (kv_head * group + row % group) * HEAD_DIM, total, r, scale);
+        if (row >= tile.count * group) continue;
+        store_row(dq.row(row0 + row / group) + (kv_head * group + row % group) * HEAD_DIM, total, r, scale);
     }
 }

@@ -26,6 +26,13 @@ H1_DEVICE void product(float (&c)[N], unsigned long long a, unsigned long long b
     product_f16<A_TURNED, B_TURNED>(c, a, b, add);
 }
 
+// The value i of the sums that were packed.
+template <int STEPS>
+H1_DEVICE float unpacked(const unsigned (&a)[STEPS][4], int i) {
+    T_X value = {static_cast<unsigned short>(a[i / 8][i % 8 / 2] >> i % 2 * 16)};
+    return load(&value);
+}
+
 // Writes 0 to a row of a tile.
 H1_DEVICE void clear_row(SharedAddress row) {
 #pragma unroll

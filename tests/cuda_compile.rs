@@ -25,7 +25,8 @@ fn compile(module: &ModuleKey, architecture: &str) -> Result<Compiled, String> {
     compiler::compile(&module.text(), &headers, architecture)
 }
 
-/// What is wrong with a module on an architecture; on the one that h1 is made for, spills are.
+/// What is wrong with a module on an architecture; on the one that h1 is made for, spills are, and products of warpgroups
+/// that the compiler lets wait for each other.
 fn faults(module: &ModuleKey, architecture: &str) -> Option<String> {
     let log = match compile(module, architecture) {
         Ok(compiled) => compiled.log,
@@ -34,8 +35,8 @@ fn faults(module: &ModuleKey, architecture: &str) -> Option<String> {
     let spills = log.lines().filter(|line| line.contains("spill stores"));
     let spilling = spills.filter(|line| !line.contains(" 0 bytes spill stores, 0 bytes spill loads")).count();
     let warned = log.contains("warning");
-    let spilling = architecture == "sm_90a" && spilling > 0;
-    (spilling || warned || !log.contains("spill stores")).then(|| format!("{module} for {architecture}: {log}"))
+    let slow = architecture == "sm_90a" && (spilling > 0 || log.contains("are serialized"));
+    (slow || warned || !log.contains("spill stores")).then(|| format!("{module} for {architecture}: {log}"))
 }
 
 fn every_variant_compiles(capability: (u32, u32)) {

@@ -85,8 +85,7 @@ fn boxes(c: &Call, place: &Place, head_dim: usize, box_heads: usize, box_rows: u
 
 pub(super) fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     let Forward { shape, q, k, v, segments, .. } = call;
-    let (head_dim, group, keys, box_rows) =
-        (shape.head_dim, call.group(), keys_a_slot(shape.head_dim), box_rows(call));
+    let (head_dim, group, keys, box_rows) = (shape.head_dim, call.group(), keys_a_slot(shape.head_dim), box_rows(call));
     let queries = ROWS / group;
     let [counter] = c.scratch([COUNTER_BYTES])?;
     c.driver.clear(Region { start: counter, width: 4, rows: 1, pitch: 4 })?;
