@@ -4,9 +4,10 @@
     python3 mixers.py KERNELS_FOLDER [--only scan,attention,conv] [--quick]      on a card: NVRTC and the driver through ctypes
     python3 mixers.py KERNELS_FOLDER --emulate                                   anywhere: small shapes on the CPU, no times
 """
-import argparse, ctypes, hashlib, math, os, subprocess, sys, tempfile
+import argparse, math, os, sys
 import torch
 import torch.nn.functional as F
+from engine import FL, I, L, P, R, Rows, Cuda, Emulated, TensorMap
 
 ap = argparse.ArgumentParser()
 ap.add_argument("kernels")
@@ -21,141 +22,7 @@ args = ap.parse_args()
 DEV = "cpu" if args.emulate else "cuda"
 CTYPE = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_longlong)]
-
-
-def R(t, col=0):
-    if t is None:
-        return Rows(0, 0)
-    return Rows(t.data_ptr() + col * t.element_size(), t.stride(0))
-
-
-def P(t):
-    return ctypes.c_void_p(0 if t is None else t.data_ptr())
-
-
-I, L, FL = ctypes.c_int, ctypes.c_longlong, ctypes.c_float
-
-
-class TensorMap:
-    """The tensor map of [rows, heads * size] 16-bit values and a box of rows, heads and 64 columns."""
-
-    def __init__(self, t, heads, box_heads, box_rows, rows=None):
-        rows, size, row_bytes = rows or t.shape[0], t.shape[1] // heads, t.stride(0) * 2
-        self.room = ctypes.create_string_buffer(192)
-        self.at = ctypes.addressof(self.room) + -ctypes.addressof(self.room) % 64
-        if args.emulate:
-            words = [t.data_ptr(), row_bytes, size * 2, size, heads, rows, box_heads, box_rows]
-            (ctypes.c_ulonglong * 8).from_address(self.at)[:] = words
-            return
-        longs, ints = ctypes.c_ulonglong * 3, ctypes.c_uint * 3
-        rc = ENGINE.cu.cuTensorMapEncodeTiled(ctypes.c_void_p(self.at), 1, 3, ctypes.c_void_p(t.data_ptr()), longs(size, heads, rows), longs(size * 2, row_bytes),
-                                              ints(64, box_heads, box_rows), ints(1, 1, 1), 0, 3, 3, 0)
-        assert rc == 0, f"cuTensorMapEncodeTiled: {rc}"
-
-
-class Cuda:
-    def __init__(self):
-        torch.cuda.init()
-        torch.zeros(1, device="cuda")
-        self.cu = ctypes.CDLL("libcuda.so.1")
-        self.nvrtc = None
-        import glob, site
-        names = ["libnvrtc.so.13", "libnvrtc.so"]
-        for root in site.getsitepackages() + [os.path.dirname(os.path.dirname(torch.__file__))]:
-            names += glob.glob(root + "/nvidia/*/lib/libnvrtc.so.1*")
-        names += glob.glob("/usr/local/cuda*/lib64/libnvrtc.so*")
-        for name in names:
-            try:
-                self.nvrtc = ctypes.CDLL(name)
-                break
-            except OSError:
-                pass
-        assert self.nvrtc is not None, "no libnvrtc"
-        a, b = torch.cuda.get_device_capability()
-        self.arch = f"sm_{a}{b}" + ("a" if a == 9 else "")
-        self.modules = {}
-
-    def kernel(self, file, entry, defines):
-        text = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + open(os.path.join(args.kernels, file)).read()
-        key = hashlib.sha256(text.encode()).hexdigest()
-        if key not in self.modules:
-            n, prog = self.nvrtc, ctypes.c_void_p()
-            n.nvrtcCreateProgram(ctypes.byref(prog), text.encode(), file.encode(), 0, None, None)
-            opts = [f"--gpu-architecture={self.arch}", "-std=c++17", "-I" + args.kernels, "-lineinfo"]
-            arr = (ctypes.c_char_p * len(opts))(*[o.encode() for o in opts])
-            rc = n.nvrtcCompileProgram(prog, len(opts), arr)
-            size = ctypes.c_size_t()
-            if rc:
-                n.nvrtcGetProgramLogSize(prog, ctypes.byref(size))
-                log = ctypes.create_string_buffer(size.value)
-                n.nvrtcGetProgramLog(prog, log)
-                sys.exit(file + ": " + log.value.decode())
-            n.nvrtcGetCUBINSize(prog, ctypes.byref(size))
-            cubin = ctypes.create_string_buffer(size.value)
-            n.nvrtcGetCUBIN(prog, cubin)
-            module = ctypes.c_void_p()
-            rc = self.cu.cuModuleLoadData(ctypes.byref(module), cubin)
-            assert rc == 0, f"cuModuleLoadData: {rc}"
-            self.modules[key] = module
-        function = ctypes.c_void_p()
-        rc = self.cu.cuModuleGetFunction(ctypes.byref(function), self.modules[key], entry.encode())
-        assert rc == 0, f"{entry}: {rc}"
-
-        def launch(grid, block, shared, arguments):
-            if shared > 48 * 1024:
-                rc = self.cu.cuFuncSetAttribute(function, 8, shared)
-                assert rc == 0, f"{entry}: {shared} bytes of shared memory: {rc}"
-            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
-            grid, block = list(grid) + [1] * (3 - len(grid)), list(block) + [1] * (3 - len(block))
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            rc = self.cu.cuLaunchKernel(function, *grid, *block, shared, stream, ptrs, None)
-            assert rc == 0, f"{entry} {grid} {block} {shared}: error {rc}"
-
-        def info():
-            value, out = ctypes.c_int(), {}
-            for name, attr in (("regs", 4), ("local", 3)):
-                self.cu.cuFuncGetAttribute(ctypes.byref(value), attr, function)
-                out[name] = value.value
-            return out
-
-        launch.info = info
-        return launch
-
-
-class Emulated:
-    def __init__(self):
-        self.dir = "/tmp/emulated_py"
-        os.makedirs(self.dir, exist_ok=True)
-
-    def kernel(self, file, entry, defines):
-        text = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + open(os.path.join(args.kernels, file)).read()
-        text += f"\nH1_EXPORT({entry})\n"
-        every = "".join(open(os.path.join(args.kernels, f)).read() for f in sorted(os.listdir(args.kernels)) if not f.endswith(".cu"))
-        so = f"{self.dir}/{hashlib.sha256((text + every + str(args.sanitize)).encode()).hexdigest()[:20]}.so"
-        if not os.path.exists(so):
-            with open(so[:-3] + ".cu", "w") as f:
-                f.write(text)
-            flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"] if args.sanitize else []
-            subprocess.run(["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags, "-I", args.kernels,
-                            "-x", "c++", so[:-3] + ".cu", "-o", so], check=True)
-        function = getattr(ctypes.CDLL(so), "h1_launch_" + entry)
-        function.restype = ctypes.c_char_p
-
-        def launch(grid, block, shared, arguments):
-            ptrs = (ctypes.c_void_p * len(arguments))(*[a.at if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments])
-            g = (ctypes.c_uint * 3)(*(list(grid) + [1] * (3 - len(grid))))
-            b = (ctypes.c_uint * 3)(*(list(block) + [1] * (3 - len(block))))
-            error = function(ptrs, g, b, ctypes.c_size_t(shared), ctypes.c_uint(args.order))
-            assert error is None, f"{entry}: {error}"
-
-        launch.info = lambda: {}
-        return launch
-
-
-ENGINE = Emulated() if args.emulate else Cuda()
+ENGINE = Emulated(args.kernels, args.sanitize, args.order) if args.emulate else Cuda(args.kernels)
 DEFINES = dict(d.split("=") for d in args.define)
 FAILED = []
 
@@ -448,7 +315,7 @@ class Attention:
         together = max(1, min(self.kv, (32 << 20) // (self.kk.shape[0] * self.hd * 4)))
         self.counter = torch.zeros(1, dtype=torch.int32, device=DEV)
         page, box = max(1, self.page_size), math.gcd(self.page_size, keys)
-        maps = [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, box) for x in (self.kk, self.vv)]
+        maps = [TensorMap(ENGINE, self.q, self.heads, self.group, rows // self.group)] + [TensorMap(ENGINE, x, self.kv, 1, box) for x in (self.kk, self.vv)]
         table = [P(self.pages)] + [I(n) for n in (self.pages.shape if page > 1 else (0, 0))]
         a = maps + [I(self.kk.shape[0])] + table + [I(self.kk.shape[0] // page), I(page), I(box), P(self.table), I(len(self.lengths)), L(self.t), I(self.kv), I(self.group),
                                                     I(tiles), I(together), FL(self.scale), L(self.window), P(self.counter), R(self.out), R(self.lse)]
@@ -498,8 +365,8 @@ class Attention:
     def backward_wgmma(self, make_delta):
         kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd) for name in ("dq", "dkv"))
         rows, dq_keys, slots, query_rows, keys, stages = (192, 80, 8, 64, 192, 6) if self.hd == 64 else (192, 64, 8, 64, 128, 4)
-        maps = lambda rows, keys: [TensorMap(self.q, self.heads, self.group, rows // self.group)] + [TensorMap(x, self.kv, 1, keys) for x in (self.k, self.v)] + [
-            TensorMap(self.dout, self.heads, self.group, rows // self.group)]
+        maps = lambda rows, keys: [TensorMap(ENGINE, self.q, self.heads, self.group, rows // self.group)] + [TensorMap(ENGINE, x, self.kv, 1, keys) for x in (self.k, self.v)] + [
+            TensorMap(ENGINE, self.dout, self.heads, self.group, rows // self.group)]
         rest = self.backward_inputs()[3:-1]
         aq, akv = maps(rows, dq_keys) + rest + [R(self.dq)], maps(query_rows, keys) + rest + [R(self.dk), R(self.dv)]
         tiles, key_tiles = self.t // (rows // self.group) + len(self.lengths), self.k.shape[0] // keys + len(self.lengths)
@@ -587,24 +454,32 @@ def attention():
         a = Attention([t], [0], heads, kv, hd, torch.bfloat16)
         flop = 2 * 2 * t * t / 2 * heads * hd
         show = lambda us, n=2: f"{us:8.0f} µs {flop * n / 2 / us / 1e6:6.0f}"
-        print(f"  {t} tokens, {heads}/{kv} × {hd}:")
-        for path in ("mma", "wgmma"):
-            run = getattr(a, path)(); us = time_us(run, 5)
-            back = a.backward(path); back_us = time_us(back, 3)
-            print(f"    {path:5} forward {show(us)}  backward {show(back_us, 5)}  {run.info()} {back.info()}", flush=True)
-        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
-            try:
+        print(f"  {t} tokens, {heads}/{kv} × {hd}: the median of five rounds, in which each has its turn")
+        q = a.q.view(1, t, heads, hd).transpose(1, 2).detach().requires_grad_()
+        k, v = (x.view(1, t, kv, hd).transpose(1, 2).detach().requires_grad_() for x in (a.k, a.v))
+        call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        times, info = {}, {}
+
+        def turn(name, forward, backward):
+            times.setdefault(name, []).append((time_us(forward, 5), time_us(backward, 3)))
+
+        for _ in range(5):
+            for path in ("mma", "wgmma"):
+                run, back = getattr(a, path)(), a.backward(path)
+                turn(path, run, back)
+                info[path] = f"{run.info()} {back.info()}"
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
                 with sdpa_kernel(backend):
-                    q = a.q.view(1, t, heads, hd).transpose(1, 2).detach().requires_grad_()
-                    k, v = (x.view(1, t, kv, hd).transpose(1, 2).detach().requires_grad_() for x in (a.k, a.v))
-                    call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                    with torch.no_grad():
-                        us = time_us(call, 5)
                     o = call(); do = torch.randn_like(o)
-                    back = time_us(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), 3)
-                    print(f"    {name:5} forward {show(us)}  backward {show(back, 5)}", flush=True)
-            except Exception as e:
-                print(f"    {name}: {str(e)[:100]}")
+
+                    def forward():
+                        with torch.no_grad():
+                            call()
+
+                    turn(name, forward, lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True))
+        for name, rounds in times.items():
+            us, back = (sorted(side)[len(rounds) // 2] for side in zip(*rounds))
+            print(f"    {name:5} forward {show(us)}  backward {show(back, 5)}  {info.get(name, '')}", flush=True)
 
 
 def decode():
