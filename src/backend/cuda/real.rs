@@ -8,12 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute as Attribute, CUmemorytype, CUresult};
 
 use super::blas::{self, Blas, WORKSPACE};
-<<<<<<< HEAD
-use super::driver::{Arguments, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape};
-=======
-use super::cache::Cache;
-use super::driver::{Arguments, Boxes, Driver, Finish, Kernel, Limits, Pointer, Product, Region, Shape, TensorMap};
->>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
+use super::driver::{
+    Arguments, Boxes, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape, TensorMap,
+};
 use super::source::{HEADERS, KernelKey, ModuleKey};
 use super::staging::{Arrival, Ring, SLOT, Spare};
 use super::{compiler, libraries};
@@ -211,15 +208,10 @@ impl Card {
         let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
         let cache = Cache::of_user("cuda");
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
-<<<<<<< HEAD
         let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
         let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, early: false, made: 0 };
-        Ok(Card { limits, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
-=======
-        let parts = Parts { ring: Ring::new(&context)?, blas, modules: HashMap::new(), kernels: Vec::new() };
         let identity = identity(&limits, device)?;
         Ok(Card { limits, identity, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
->>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
     }
 
     fn parts(&self) -> MutexGuard<'_, Parts> {
@@ -457,10 +449,6 @@ impl Driver for Card {
         Ok(Kernel(parts.kernels.len() - 1))
     }
 
-<<<<<<< HEAD
-    /// A kernel that may be launched early is, but only after another such one: that one has waited for all before it when
-    /// this one starts, so that what this one reads before it waits, weights, is there.
-=======
     fn recall(&self, module: &ModuleKey) -> Option<Vec<u8>> {
         self.cache.get(&self.findings(module))
     }
@@ -494,7 +482,8 @@ impl Driver for Card {
         Ok(map.opaque)
     }
 
->>>>>>> bf34abb (wip: attention on wgmma behind the host side, trusted once it agreed with the other kernels)
+    /// A kernel that may be launched early is, but only after another such one: that one has waited for all before it when
+    /// this one starts, so that what this one reads before it waits, weights, is there.
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         self.context.enter()?;
         let mut parts = self.parts();

@@ -190,7 +190,7 @@ fn check_backward(c: &mut Call, dtype: DType, head_dim: usize) -> Result<Option<
 #[cfg(unix)]
 mod tests {
     use super::*;
-    use crate::backend::cuda::driver::{Arguments, Boxes, Finish, Kernel, Limits, Product, Shape, TensorMap};
+    use crate::backend::cuda::driver::{Arguments, Boxes, Finish, Graph, Kernel, Limits, Product, Shape, TensorMap};
     use crate::backend::cuda::emulated::{self, Emulated, Emulation};
     use crate::backend::cuda::source::KernelKey;
     use crate::backend::{Device, Segments};
@@ -255,6 +255,18 @@ mod tests {
         }
         fn product(&self, product: &Product) -> Result<()> {
             self.inner.product(product)
+        }
+        fn begin_recording(&self) -> Result<()> {
+            self.inner.begin_recording()
+        }
+        fn end_recording(&self) -> Result<Graph> {
+            self.inner.end_recording()
+        }
+        fn replay(&self, graph: Graph) -> Result<()> {
+            self.inner.replay(graph)
+        }
+        fn forget(&self, graph: Graph) {
+            self.inner.forget(graph);
         }
         fn synchronise(&self) -> Result<()> {
             self.inner.synchronise()
