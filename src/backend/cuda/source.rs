@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn every_kernel_of_an_early_file_waits() {
         let mut early = 0;
-        for source in variants::all().iter().map(|module| module.source).filter(|source| source.early()) {
+        for source in variants::all((9, 0)).iter().map(|module| module.source).filter(|source| source.early()) {
             let count = |words| source.text.matches(words).count();
             assert_eq!(count("after_earlier();"), count("extern \"C\""), "{}", source.name);
             early += 1;
