@@ -108,7 +108,7 @@ impl Memory<'_> {
             length(&apart) <= TOLERANCE * length(b).max(average)
         };
         // An average that is no number is no agreement either.
-        Ok(!(average > 0.0) || !a_values.chunks(a.cols).zip(b_values.chunks(b.cols)).all(near))
+        Ok(average.is_nan() || average == 0.0 || !a_values.chunks(a.cols).zip(b_values.chunks(b.cols)).all(near))
     }
 
     /// The name of the first output that differs.
