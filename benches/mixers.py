@@ -240,7 +240,7 @@ def conv():
         k = kernel("conv1d.cu", "conv1d", T_X=c, T_W=c, T_OUT=c, TAPS=w)
         d = dict(T_X=c, T_W=c, T_DOUT=c, T_DX=c, TAPS=w, REPEAT=rep)
         kb, ks = kernel("conv1d_backward.cu", "conv1d_backward", **d), kernel("conv1d_backward.cu", "conv1d_backward_sum", **d)
-        a = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(rep), I(1), Rows(0, 0), L(0), R(out)]
+        a = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(rep), I(1), Rows(0, 0), L(0), R(out), I(64)]
         ab = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(1), Rows(0, 0), L(0), R(dout), Rows(0, 0), L(0), R(dx), P(partial)]
         asum = [P(partial), I(blocks), I(ci * rep), R(dweight), P(dbias)]
         forward = lambda: k((blocks, (ci * rep + 127) // 128), (128,), 0, a)
@@ -436,6 +436,7 @@ def attention():
         ([70, 1, 33], [0, 5, 40], 4, 2, 128, torch.bfloat16, 0, 0, (4, 2, 1), 1e-2),
         ([97, 20], [0, 100], 4, 1, 64, torch.float16, 33, 0, (4, 2, 1), 2e-3),
         ([130], [70], 3, 1, 64, torch.bfloat16, 0, 16, (4, 2, 1), 1e-2),
+        ([40], [700], 4, 2, 128, torch.bfloat16, 0, 16, (4, 2, 1), 1e-2),
         ([1, 1, 1], [300, 7, 64], 8, 2, 128, torch.bfloat16, 0, 16, (1, 1, 3), 1e-2),
         ([1, 2], [129, 200], 2, 2, 64, torch.float16, 100, 3, (1, 1, 2), 2e-3),
     ]

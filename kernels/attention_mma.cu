@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
                   long long slots, long long pages_a_slot, int page_size, const Segment* segments, int capacity,
                   long long tokens, int group, float scale, long long window, Rows<T_X> out, Rows<float> lse,
                   float* partial_out, float* partial_lse) {
+    after_earlier();
     H1_DYNAMIC_SHARED(shared);
     SharedAddress q_tile = shared_address(shared), k_tiles = q_tile + ROWS * HEAD_DIM * 2;
     SharedAddress v_tiles = k_tiles + 2 * TILE_BYTES;
@@ -191,24 +192,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
         }
 }
 
-// A warp a query and head: the parts' sum, in order.
+// A warp a query and head: the parts' sum, in order. A step of decoding has few of them, whose time is that of their reads:
+// AHEAD parts are asked for at once.
+#define AHEAD 8
 extern "C" __global__ void attention_combine(const float* partial_out, const float* partial_lse, int parts,
                                              long long tokens, int heads, Rows<T_X> out, Rows<float> lse) {
+    after_earlier();
     long long i = blockIdx.x * (long long)(blockDim.x / WARP) + threadIdx.x / WARP, rows = tokens * heads;
     if (i >= rows) return;
     float largest = -INFINITE, sum = 0.0f, total[HEAD_DIM / WARP] = {};
-    for (int part = 0; part < parts; ++part) largest = fmaxf(largest, partial_lse[part * rows + i]);
+    int lane = threadIdx.x % WARP;
+    for (int part = lane; part < parts; part += WARP) largest = fmaxf(largest, partial_lse[part * rows + i]);
+    largest = warp_max(largest);
     if (largest == -INFINITE) return;
-    for (int part = 0; part < parts; ++part) {
-        float weight = expf(partial_lse[part * rows + i] - largest);
-        sum += weight;
-        if (weight == 0.0f) continue;
+    for (int first = 0; first < parts; first += AHEAD) {
+        float weights[AHEAD], values[AHEAD][HEAD_DIM / WARP];
 #pragma unroll
-        for (int d = 0; d < HEAD_DIM / WARP; ++d)
-            total[d] = fmaf(weight, partial_out[(part * rows + i) * HEAD_DIM + d * WARP + threadIdx.x % WARP], total[d]);
+        for (int p = 0; p < AHEAD; ++p) {
+            // A part past the last has no weight, as one that saw no key.
+            weights[p] = first + p < parts ? partial_lse[(first + p) * rows + i] : -INFINITE;
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / WARP; ++d)
+                values[p][d] = weights[p] > -INFINITE ? partial_out[((first + p) * rows + i) * HEAD_DIM + d * WARP + lane] : 0.0f;
+        }
+#pragma unroll
+        for (int p = 0; p < AHEAD; ++p) {
+            float weight = expf(weights[p] - largest);
+            sum += weight;
+#pragma unroll
+            for (int d = 0; d < HEAD_DIM / WARP; ++d) total[d] = fmaf(weight, values[p][d], total[d]);
+        }
     }
 #pragma unroll
     for (int d = 0; d < HEAD_DIM / WARP; ++d)
-        store(out.row(i / heads) + i % heads * HEAD_DIM + d * WARP + threadIdx.x % WARP, total[d] / sum);
-    if (lse.data && threadIdx.x % WARP == 0) lse.row(i / heads)[i % heads] = largest + logf(sum);
+        store(out.row(i / heads) + i % heads * HEAD_DIM + d * WARP + lane, total[d] / sum);
+    if (lse.data && lane == 0) lse.row(i / heads)[i % heads] = largest + logf(sum);
 }

@@ -2,8 +2,8 @@
 //
 // A tile of queries has ROWS rows, query after query with the group's heads of each; tiles of KEYS keys are counted from
 // position 0. A block takes tiles of queries from `counter` until none is left, the longest first, in rounds of
-// `heads_together` key heads, whose keys stay in the cache. Its first warpgroup copies: the queries, then keys and values
-// into a ring of SLOTS tiles, from the last keys to the first. Each of the three others has 64 rows: it makes the softmax
+// `heads_together` key heads, whose keys stay in the cache. A warp of its first warpgroup copies: the queries, then keys and
+// values into a ring of SLOTS tiles, from the last keys to the first. Each of the three others has 64 rows: it makes the softmax
 // while the tensor cores multiply the next keys and the values of the ones before, or what another one gave them.
 //
 // Shared memory: (ROWS + SLOTS·KEYS)·HEAD_DIM·2 + 1024 bytes. Registers: 128 at launch, no spills.
@@ -45,12 +45,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     if (threadIdx.x < WARPGROUP) {
         give_registers<32>();
-        if (threadIdx.x > 0) return;
+        if (threadIdx.x >= WARP) return;
         Ring<SLOTS> at;
         // Registers are few here: what is known of the tile is read where it lies.
         const Work& known = shared_work;
+        // Keys one after the other are copied at once; of those in pages a lane copies the part that lies in one page.
+        int part = pages ? box_rows : KEYS_A_SLOT;
+        bool copies = lane * part < KEYS_A_SLOT;
         for (;;) {
-            int index = atomicAdd(counter, 1);
+            int index = lane == 0 ? atomicAdd(counter, 1) : 0;
+            index = __shfl_sync(WHOLE_WARP, index, 0);
             Work work;
             work.count = 0;
             if (index < tiles * kv_heads) {
@@ -70,34 +74,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             barrier_wait(q_empty, ~known.turn & 1);
             work.turn = known.turn + 1;
-            shared_work = work;
-            if (work.count == 0) {
-                barrier_arrive(q_full);
-                return;
+            __syncwarp();
+            if (lane == 0) {
+                shared_work = work;
+                if (work.count == 0) {
+                    barrier_arrive(q_full);
+                } else {
+                    barrier_expect(q_full, queries * group * HEAD_DIM * 2);
+                    copy_tile<ROWS>(q_tile, q, work.kv_head * group, work.row0, q_full);
+                }
             }
-            barrier_expect(q_full, queries * group * HEAD_DIM * 2);
-            copy_tile<ROWS>(q_tile, q, known.kv_head * group, known.row0, q_full);
+            if (work.count == 0) return;
+            __syncwarp();
             // Keys before the values of the tile before.
             int steps = 2 * (known.to_tile - known.from_tile + 1);
+            auto of_values = [&](int step) { return step > 0 && (step % 2 == 0 || step == steps - 1); };
+            // Where the lane's part of a step's tile lies.
+            auto row_of = [&](int step) -> unsigned {
+                int tile = known.to_tile - (of_values(step) ? (step - 1) / 2 : (step + 1) / 2);
+                unsigned key = tile * KEYS_A_SLOT + lane * part;
+                if (!pages) return known.keys + key;
+                // Of a page that is not there: a row behind the last, so that all are 0.
+                unsigned page = key / page_size;
+                page = known.pages && page < pages_a_slot ? known.pages[page] : page_count;
+                return page < page_count ? page * page_size + key % page_size : key_rows;
+            };
+            unsigned row = row_of(0);
 #pragma unroll 1
             for (int step = 0; step < steps; ++step, at.next()) {
-                bool values = step > 0 && (step % 2 == 0 || step == steps - 1);
-                int key0 = (known.to_tile - (values ? (step - 1) / 2 : (step + 1) / 2)) * KEYS_A_SLOT;
+                // The next page is looked up while this one's place is awaited.
+                unsigned next = step + 1 < steps ? row_of(step + 1) : 0;
+                SharedAddress to = ring + at.slot * SLOT_BYTES + lane * part * ROW_BYTES, barrier = full + 8 * at.slot;
                 barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
-                SharedAddress to = ring + at.slot * SLOT_BYTES, barrier = full + 8 * at.slot;
-                barrier_expect(barrier, SLOT_BYTES);
-                // Keys one after the other are copied at once, those in pages by parts that lie in one page.
-#pragma unroll 1
-                for (int r = 0; r < KEYS_A_SLOT; r += pages ? box_rows : KEYS_A_SLOT) {
-                    unsigned row = known.keys + key0 + r;
-                    if (pages) {
-                        // Of a page that is not there: a row behind the last, so that all are 0.
-                        unsigned key = key0 + r, page = key / page_size;
-                        page = known.pages && page < pages_a_slot ? known.pages[page] : page_count;
-                        row = page < page_count ? page * page_size + key % page_size : key_rows;
-                    }
-                    copy_tile<KEYS_A_SLOT>(to + r * ROW_BYTES, values ? v : k, known.kv_head, row, barrier);
-                }
+                if (lane == 0) barrier_expect(barrier, SLOT_BYTES);
+                __syncwarp();
+                if (copies) copy_tile<KEYS_A_SLOT>(to, of_values(step) ? v : k, known.kv_head, row, barrier);
+                row = next;
             }
         }
     }

@@ -3,8 +3,8 @@
 // i = c / (head·repeat)·head + c % head and the filter f = c (repeat first) or i. Inputs before a segment are its state,
 // the last TAPS inputs `[channels_in, TAPS]`, oldest first, or 0 where past = 0.
 //
-// conv1d: a block takes CONV_ROWS rows and blockDim columns, a thread a column: it goes down the rows with the last
-// TAPS inputs in registers, and fills them anew where a segment begins. conv1d_state: a thread a segment and input
+// conv1d: a block takes `block_rows` rows, CONV_ROWS at most, and blockDim columns, a thread a column: it goes down the rows
+// with the last TAPS inputs in registers, and fills them anew where a segment begins. conv1d_state: a thread a segment and input
 // channel, launched afterwards, so that the state may lie where it lay before.
 //
 // Macros: T_X, T_W, T_OUT, TAPS. Source: Dao-AILab/causal-conv1d; the repeat: jxiw/M1.
@@ -12,11 +12,13 @@
 
 extern "C" __global__ void conv1d(Rows<const T_X> x, Rows<const T_W> weight, const T_W* bias, const Segment* segments,
                                   int capacity, long long tokens, int channels_out, int head, int repeat,
-                                  int repeat_first, Rows<const float> state_in, long long slots, Rows<T_OUT> out) {
+                                  int repeat_first, Rows<const float> state_in, long long slots, Rows<T_OUT> out,
+                                  int block_rows) {
+    after_earlier();
     __shared__ int owner[CONV_ROWS];
-    for (long long first = blockIdx.x * (long long)CONV_ROWS; first < tokens;
-         first += gridDim.x * (long long)CONV_ROWS) {
-        int rows = min((long long)CONV_ROWS, tokens - first);
+    for (long long first = blockIdx.x * (long long)block_rows; first < tokens;
+         first += gridDim.x * (long long)block_rows) {
+        int rows = min((long long)block_rows, tokens - first);
         __syncthreads();
         find_owners(segments, capacity, tokens, first, rows, owner);
         for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_out; c += gridDim.y * blockDim.x) {
@@ -59,6 +61,7 @@ extern "C" __global__ void conv1d(Rows<const T_X> x, Rows<const T_W> weight, con
 extern "C" __global__ void conv1d_state(Rows<const T_X> x, const Segment* segments, long long tokens, int channels_in,
                                         Rows<const float> state_in, long long slots_in, Rows<float> state_out,
                                         long long slots_out) {
+    after_earlier();
     Segment segment = segments[blockIdx.x];
     if (segment.len == 0 || !segment.lies_in(tokens) || segment.slot >= slots_out) return;
     for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_in; c += gridDim.y * blockDim.x) {

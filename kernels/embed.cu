@@ -8,13 +8,20 @@
 
 extern "C" __global__ void embed(const unsigned* ids, Rows<const T_W> weight, long long vocabulary, Rows<T_OUT> out,
                                  long long tokens, long long hidden) {
-    EACH(t, c, tokens, hidden) {
-        unsigned id = ids[t];
-        store(out.row(t) + c, id < vocabulary ? load(weight.row(id) + c) : NOT_A_NUMBER);
+    after_earlier();
+    bool wide = aligned(weight) && aligned(out);
+    EACH_EIGHT(t, c, tokens, hidden) {
+        float values[8];
+        bool there = ids[t] < vocabulary;
+        if (there) load_eight(values, weight.row(ids[t]) + c, hidden - c, wide);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = there ? values[i] : NOT_A_NUMBER;
+        store_eight(out.row(t) + c, values, hidden - c, wide);
     }
 }
 
 extern "C" __global__ void embed_links(const unsigned* ids, unsigned* first, unsigned* next, unsigned tokens) {
+    after_earlier();
     unsigned t = blockIdx.x * blockDim.x + threadIdx.x;
     if (t >= tokens) return;
     unsigned id = ids[t], before = 0, after = t + 1;
@@ -27,6 +34,7 @@ extern "C" __global__ void embed_links(const unsigned* ids, unsigned* first, uns
 extern "C" __global__ void embed_backward(const unsigned* ids, const unsigned* first, const unsigned* next,
                                           Rows<const T_X> dout, Rows<float> dweight, long long vocabulary,
                                           unsigned tokens, long long hidden) {
+    after_earlier();
     EACH(t, c, tokens, hidden) {
         if (!first[t] || ids[t] >= vocabulary) continue;
         float sum = dweight.row(ids[t])[c];

@@ -156,6 +156,9 @@ struct Thread {
     const void* asked = nullptr;
 };
 
+// When boxes arrive: as they are asked for, or only when nothing else can go on, in turn or the last one first.
+enum class BoxOrder { AtOnce, InTurn, LastFirst };
+
 struct Machine {
     std::mutex one_launch;
     std::vector<Thread> threads;
@@ -167,7 +170,7 @@ struct Machine {
     int votes = 0, vote = 0;
     // Copies that have not arrived yet: with order 0 there are none, otherwise they wait till nothing else can run.
     std::vector<Box> boxes;
-    bool boxes_wait = false;
+    BoxOrder box_order = BoxOrder::AtOnce;
     Meeting meetings[16];
     const char* error = nullptr;
     void (*call)(void*) = nullptr;
@@ -303,8 +306,9 @@ inline void run_block(unsigned count, unsigned order, uint64_t& random) {
         if (!m.error && done == count && !m.boxes.empty()) m.error = "a block ended before its copies had arrived";
         if (m.error || done == count) return;
         if (!moved && !m.boxes.empty()) {
-            deliver(m.boxes.front());
-            m.boxes.erase(m.boxes.begin());
+            auto next = m.box_order == BoxOrder::LastFirst ? m.boxes.end() - 1 : m.boxes.begin();
+            deliver(*next);
+            m.boxes.erase(next);
         } else if (done + waiting == count) {
             m.vote = std::exchange(m.votes, 0);
             for (unsigned t = 0; t < count; ++t)
@@ -336,7 +340,7 @@ const char* launch(void (*kernel)(A...), void** args, std::index_sequence<I...>,
     m.shared.reset(memory);
     uint64_t random = order;
     m.boxes.clear();
-    m.boxes_wait = order > 0;
+    m.box_order = order == 0 ? BoxOrder::AtOnce : order == 1 ? BoxOrder::InTurn : BoxOrder::LastFirst;
     for (unsigned b = 0; b < blocks && !m.error; ++b) {
         unsigned at = order == 1 ? blocks - 1 - b : b;
         blockIdx = {at % grid[0], at / grid[0] % grid[1], at / (grid[0] * grid[1])};

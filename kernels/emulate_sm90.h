@@ -101,10 +101,10 @@ inline void deliver(const Box& box) {
 }
 
 inline void copy_box(const Box& box) {
-    if (machine.boxes_wait) {
-        machine.boxes.push_back(box);
-    } else {
+    if (machine.box_order == BoxOrder::AtOnce) {
         deliver(box);
+    } else {
+        machine.boxes.push_back(box);
     }
 }
 

@@ -56,6 +56,46 @@ H1_DEVICE bool aligned(Rows<T> rows) {
     return ((unsigned long long)rows.data | (unsigned long long)rows.stride * sizeof(T)) % 16 == 0;
 }
 
+// Eight values of which `count` are there, 0 for the others; read at once where rows are `wide`, which is aligned.
+template <class T>
+H1_DEVICE void load_eight(float (&to)[8], const T* from, long long count, bool wide) {
+    if (wide && count >= 8) {
+        auto values = *reinterpret_cast<const Eight<T>*>(from);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = load(values.values + i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) to[i] = i < count ? load(from + i) : 0.0f;
+    }
+}
+
+// Writes the first `count` of eight values.
+template <class T>
+H1_DEVICE void store_eight(T* to, const float (&from)[8], long long count, bool wide) {
+    if (wide && count >= 8) {
+        Eight<T> values;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) store(values.values + i, from[i]);
+        *reinterpret_cast<Eight<T>*>(to) = values;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (i < count) store(to + i, from[i]);
+    }
+}
+
+// Replaces eight values, or adds to them.
+template <class T>
+H1_DEVICE void put_eight(T* to, float (&from)[8], long long count, bool wide, bool add) {
+    if (add) {
+        float there[8];
+        load_eight(there, to, count, wide);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) from[i] += there[i];
+    }
+    store_eight(to, from, count, wide);
+}
+
 // A value of a type that is known at run time alone.
 enum { TYPE_F32, TYPE_BF16, TYPE_F16 };
 H1_DEVICE float load_as(const void* from, int type, long long index) {
@@ -109,6 +149,12 @@ H1_DEVICE float block_max(float value, float* shared) {
     for (long long row = blockIdx.x; row < (rows); row += gridDim.x)     \
         for (long long col = blockIdx.y * (long long)blockDim.x + threadIdx.x; col < (cols); \
              col += gridDim.y * (long long)blockDim.x)
+
+// The same, eight columns at a time, of which `col` is the first.
+#define EACH_EIGHT(row, col, rows, cols)                                 \
+    for (long long row = blockIdx.x; row < (rows); row += gridDim.x)     \
+        for (long long col = 8 * (blockIdx.y * (long long)blockDim.x + threadIdx.x); col < (cols); \
+             col += 8 * (gridDim.y * (long long)blockDim.x))
 
 // A segment as the device holds it. One that does not lie in `tokens` rows counts as empty.
 struct Segment {

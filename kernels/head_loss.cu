@@ -1,4 +1,4 @@
-// The losses at the head, a block a row of logits: their statistics, then the gradient in place.
+// The losses at the head, a block a row of logits: their statistics, then the gradient, which may take their place.
 //
 // With the scaled logits s, t of student and teacher, p = softmax(s), q = softmax(t), lse the log of the sum of
 // exponentials: KL(p ‖ q) = Σ p (s − t) − lse s + lse t, its gradient p ((s − t) − lse s + lse t − KL); that of
@@ -12,14 +12,20 @@ struct Part {
     float max, sum, gap;
 };
 
-H1_DEVICE void take(Part& part, float logit, float gap) {
-    if (logit > part.max) {
-        float factor = expf(part.max - logit);
-        part = {logit, part.sum * factor, part.gap * factor};
+H1_DEVICE void take(Part& part, const float (&logits)[8], const float (&gaps)[8]) {
+    float most = part.max;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, logits[i]);
+    if (most > part.max) {
+        float factor = expf(part.max - most);
+        part = {most, part.sum * factor, part.gap * factor};
     }
-    float weight = expf(logit - part.max);
-    part.sum += weight;
-    part.gap += weight * gap;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float weight = expf(logits[i] - part.max);
+        part.sum += weight;
+        part.gap += weight * gaps[i];
+    }
 }
 
 H1_DEVICE Part merge(Part a, Part b) {
@@ -51,14 +57,28 @@ H1_DEVICE Part block_merge(Part part, Part* shared) {
 extern "C" __global__ void head_loss(Rows<const float> student, Rows<const float> teacher, const unsigned* labels,
                                      float student_scale, float teacher_scale, Rows<float> statistics,
                                      long long vocabulary) {
+    after_earlier();
     __shared__ Part shared[WARP];
     long long r = blockIdx.x;
     const float *s_row = student.row(r), *t_row = teacher.data ? teacher.row(r) : nullptr;
     Part of_student = {-INFINITE, 0, 0}, of_teacher = of_student;
-    for (long long v = threadIdx.x; v < vocabulary; v += blockDim.x) {
-        float s = s_row[v] * student_scale, t = t_row ? t_row[v] * teacher_scale : s;
-        take(of_student, s, s - t);
-        if (t_row) take(of_teacher, t, t - s);
+    bool wide = aligned(student) && aligned(teacher);
+    for (long long v = 8 * threadIdx.x; v < vocabulary; v += 8 * blockDim.x) {
+        float s[8], t[8], gap[8];
+        load_eight(s, s_row + v, vocabulary - v, wide);
+        if (t_row) load_eight(t, t_row + v, vocabulary - v, wide);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            bool there = v + i < vocabulary;
+            s[i] = there ? s[i] * student_scale : -INFINITE;
+            t[i] = there && t_row ? t[i] * teacher_scale : s[i];
+            gap[i] = there ? s[i] - t[i] : 0.0f;
+        }
+        take(of_student, s, gap);
+        if (!t_row) continue;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) gap[i] = -gap[i];
+        take(of_teacher, t, gap);
     }
     of_student = block_merge(of_student, shared);
     of_teacher = block_merge(of_teacher, shared);
@@ -73,11 +93,12 @@ extern "C" __global__ void head_loss(Rows<const float> student, Rows<const float
     out[LABEL] = labels && labels[r] < vocabulary ? s_row[labels[r]] * student_scale : 0.0f;
 }
 
-extern "C" __global__ void head_loss_gradient(Rows<float> student, Rows<const float> teacher, const unsigned* labels,
-                                              float student_scale, float teacher_scale, Rows<const float> statistics,
+extern "C" __global__ void head_loss_gradient(Rows<const float> student, Rows<T_OUT> out, Rows<const float> teacher,
+                                              const unsigned* labels, float student_scale, float teacher_scale, Rows<const float> statistics,
                                               const float* row_weights, int with_gradient, float reverse_weight,
                                               float forward_weight, float label_weight, Rows<float> losses,
                                               long long vocabulary) {
+    after_earlier();
     __shared__ float shared_shift;
     long long r = blockIdx.x;
     const float* found = statistics.row(r);
@@ -99,23 +120,30 @@ extern "C" __global__ void head_loss_gradient(Rows<float> student, Rows<const fl
     __syncthreads();
     if (!with_gradient) return;
 
-    float* s_row = student.row(r);
+    const float* s_row = student.row(r);
     float weight = row_weights[r] * student_scale, shift = shared_shift;
     float of_label = labelled ? weight * label_weight : 0.0f, of_reverse = weight * reverse_weight;
     float of_q = teacher.data ? weight * forward_weight : 0.0f, of_p = of_q + of_label;
     float p_factor = 1.0f / found[STUDENT_SUM], q_factor = teacher.data ? 1.0f / found[TEACHER_SUM] : 0.0f;
-    for (long long v = threadIdx.x; v < vocabulary; v += blockDim.x) {
-        float gradient = 0;
+    long long label = labelled ? labels[r] : -1;
+    float student_max = found[STUDENT_MAX], teacher_max = found[TEACHER_MAX];
+    bool wide = aligned(student) && aligned(teacher) && aligned(out);
+    for (long long v = 8 * threadIdx.x; v < vocabulary; v += 8 * blockDim.x) {
+        float gradient[8] = {}, s[8], t[8] = {};
         if (weight != 0) {
-            float s = s_row[v] * student_scale, p = expf(s - found[STUDENT_MAX]) * p_factor;
-            gradient = p * of_p;
-            if (teacher.data) {
-                float t = teacher.row(r)[v] * teacher_scale;
-                gradient = p * ((s - t + shift) * of_reverse + of_p);
-                if (of_q != 0) gradient -= expf(t - found[TEACHER_MAX]) * q_factor * of_q;
+            load_eight(s, s_row + v, vocabulary - v, wide);
+            if (teacher.data) load_eight(t, teacher.row(r) + v, vocabulary - v, wide);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                s[i] *= student_scale;
+                t[i] *= teacher_scale;
+                float p = expf(s[i] - student_max) * p_factor;
+                float gap = teacher.data ? (s[i] - t[i] + shift) * of_reverse : 0.0f;
+                gradient[i] = p * (gap + of_p);
+                if (of_q != 0) gradient[i] -= expf(t[i] - teacher_max) * q_factor * of_q;
+                if (v + i == label) gradient[i] -= of_label;
             }
-            if (labelled && labels[r] == v) gradient -= of_label;
         }
-        s_row[v] = gradient;
+        store_eight(out.row(r) + v, gradient, vocabulary - v, wide);
     }
 }

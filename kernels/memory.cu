@@ -3,18 +3,36 @@
 
 #ifdef T_X
 extern "C" __global__ void copy(Rows<const T_X> src, Rows<T_OUT> out, int add, long long rows, long long cols) {
-    EACH(r, c, rows, cols) put(out.row(r) + c, load(src.row(r) + c), add);
+    after_earlier();
+    bool wide = aligned(src) && aligned(out);
+    EACH_EIGHT(r, c, rows, cols) {
+        float values[8];
+        load_eight(values, src.row(r) + c, cols - c, wide);
+        put_eight(out.row(r) + c, values, cols - c, wide, add);
+    }
 }
 #elif defined(T_OUT)
 extern "C" __global__ void fill(float value, Rows<T_OUT> out, long long rows, long long cols) {
-    EACH(r, c, rows, cols) store(out.row(r) + c, value);
+    after_earlier();
+    bool wide = aligned(out);
+    float values[8] = {value, value, value, value, value, value, value, value};
+    EACH_EIGHT(r, c, rows, cols) store_eight(out.row(r) + c, values, cols - c, wide);
 }
 
 extern "C" __global__ void scale(float factor, Rows<T_OUT> x, long long rows, long long cols) {
-    EACH(r, c, rows, cols) store(x.row(r) + c, factor * load(x.row(r) + c));
+    after_earlier();
+    bool wide = aligned(x);
+    EACH_EIGHT(r, c, rows, cols) {
+        float values[8];
+        load_eight(values, x.row(r) + c, cols - c, wide);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] *= factor;
+        store_eight(x.row(r) + c, values, cols - c, wide);
+    }
 }
 #else
 extern "C" __global__ void copy_ids(Rows<const unsigned> src, Rows<unsigned> out, long long rows, long long cols) {
+    after_earlier();
     EACH(r, c, rows, cols) out.row(r)[c] = src.row(r)[c];
 }
 #endif

@@ -2,34 +2,51 @@
 //
 // Backward, with g = dout ⊙ weight: dx = inv·(g − x·inv²·mean(g ⊙ x)); dweight += Σ_t dout[t] ⊙ x[t]·inv[t], whose sums
 // over a chunk of rows `rms_norm_dweight` leaves in `partials`.
+//
+// Bound by the bytes of the rows, and where there are few rows by the time of a read: a thread asks for HELD · 8 values at
+// once and keeps them for the second pass. What is beyond HELD · 8 · threads is read twice.
 #include "h1.cuh"
+
+#define HELD 2
+
+// The first of the columns that a thread takes the h-th time.
+H1_DEVICE int column(int h) { return 8 * (h * blockDim.x + threadIdx.x); }
 
 extern "C" __global__ void rms_norm(Rows<const T_X> x, const T_W* weight, float eps, Rows<T_OUT> out, float* inv_rms,
                                     long long tokens, int hidden) {
     after_earlier();
     __shared__ float shared[WARP];
-    // A step of decoding is one row, whose time is that of its reads one after the other: eight values each where they fit.
-    int wide = hidden % 8 == 0 && aligned(x) && aligned(out) && aligned(Rows<const T_W>{weight, 0}) ? hidden : 0;
+    bool wide = aligned(x) && aligned(out) && aligned(Rows<const T_W>{weight, 0});
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
         const T_X* row = x.row(t);
-        float squares = 0;
-        for (int c = 8 * threadIdx.x; c < wide; c += 8 * blockDim.x) {
-            auto values = *reinterpret_cast<const Eight<T_X>*>(row + c);
-            for (int i = 0; i < 8; ++i) squares += load(values.values + i) * load(values.values + i);
+        float held[HELD][8], weights[HELD][8], squares = 0;
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) load_eight(held[h], row + column(h), hidden - column(h), wide);
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) load_eight(weights[h], weight + column(h), hidden - column(h), wide);
+#pragma unroll
+        for (int h = 0; h < HELD; ++h)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) squares += held[h][i] * held[h][i];
+        for (int h = HELD; column(h) < hidden; ++h) {
+            float values[8];
+            load_eight(values, row + column(h), hidden - column(h), wide);
+            for (int i = 0; i < 8; ++i) squares += values[i] * values[i];
         }
-        for (int c = wide + threadIdx.x; c < hidden; c += blockDim.x) squares += load(row + c) * load(row + c);
         float inv = 1.0f / sqrtf(block_sum(squares, shared) / hidden + eps);
         if (inv_rms && threadIdx.x == 0) inv_rms[t] = inv;
-        for (int c = 8 * threadIdx.x; c < wide; c += 8 * blockDim.x) {
-            auto values = *reinterpret_cast<const Eight<T_X>*>(row + c);
-            auto weights = *reinterpret_cast<const Eight<T_W>*>(weight + c);
-            Eight<T_OUT> results;
-            for (int i = 0; i < 8; ++i)
-                store(results.values + i, load(values.values + i) * inv * load(weights.values + i));
-            *reinterpret_cast<Eight<T_OUT>*>(out.row(t) + c) = results;
+        auto finish = [&](float (&values)[8], const float (&weights)[8], int c) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values[i] = values[i] * inv * weights[i];
+            store_eight(out.row(t) + c, values, hidden - c, wide);
+        };
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) finish(held[h], weights[h], column(h));
+        for (int h = HELD; column(h) < hidden; ++h) {
+            load_eight(held[0], row + column(h), hidden - column(h), wide);
+            load_eight(weights[0], weight + column(h), hidden - column(h), wide);
+            finish(held[0], weights[0], column(h));
         }
-        for (int c = wide + threadIdx.x; c < hidden; c += blockDim.x)
-            store(out.row(t) + c, load(row + c) * inv * load(weight + c));
     }
 }
 
@@ -38,15 +55,38 @@ extern "C" __global__ void rms_norm_backward(Rows<const T_X> x, const T_W* weigh
                                              int hidden) {
     after_earlier();
     __shared__ float shared[WARP];
+    bool wide = aligned(x) && aligned(dout) && aligned(dx) && aligned(Rows<const T_W>{weight, 0});
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
-        const T_X* row = x.row(t);
-        const T_OUT* gradient = dout.row(t);
-        float product = 0, inv = inv_rms[t];
-        for (int c = threadIdx.x; c < hidden; c += blockDim.x)
-            product += load(gradient + c) * load(weight + c) * load(row + c);
+        float values[HELD][8], slopes[HELD][8], product = 0, inv = inv_rms[t];
+        // x and g of eight columns, and the part of their product.
+        auto take = [&](float (&values)[8], float (&slopes)[8], int c) {
+            float weights[8];
+            load_eight(values, x.row(t) + c, hidden - c, wide);
+            load_eight(slopes, dout.row(t) + c, hidden - c, wide);
+            load_eight(weights, weight + c, hidden - c, wide);
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sum += (slopes[i] *= weights[i]) * values[i];
+            return sum;
+        };
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) product += take(values[h], slopes[h], column(h));
+        for (int h = HELD; column(h) < hidden; ++h) {
+            float more_values[8], more_slopes[8];
+            product += take(more_values, more_slopes, column(h));
+        }
         float along = block_sum(product, shared) / hidden * inv * inv;
-        for (int c = threadIdx.x; c < hidden; c += blockDim.x)
-            put(dx.row(t) + c, inv * (load(gradient + c) * load(weight + c) - load(row + c) * along), add);
+        auto finish = [&](const float (&values)[8], float (&slopes)[8], int c) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) slopes[i] = inv * (slopes[i] - values[i] * along);
+            put_eight(dx.row(t) + c, slopes, hidden - c, wide, add);
+        };
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) finish(values[h], slopes[h], column(h));
+        for (int h = HELD; column(h) < hidden; ++h) {
+            take(values[0], slopes[0], column(h));
+            finish(values[0], slopes[0], column(h));
+        }
     }
 }
 
@@ -57,6 +97,7 @@ extern "C" __global__ void rms_norm_dweight(Rows<const T_X> x, const float* inv_
     if (c >= hidden) return;
     long long first = (long long)blockIdx.x * chunk, end = min(first + chunk, tokens);
     float sum = 0;
+#pragma unroll 8
     for (long long t = first; t < end; ++t) sum += load(dout.row(t) + c) * load(x.row(t) + c) * inv_rms[t];
     partials[(long long)blockIdx.x * hidden + c] = sum;
 }

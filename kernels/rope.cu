@@ -1,8 +1,9 @@
 // Rotates each head of `2·half` columns by its row's position, in place; `sign` −1 rotates the other way.
-// With a = position·inv_freq[j]: (x1 cos a − x2 sin a, x2 cos a + x1 sin a). A thread turns one pair of HEADS heads.
+// With a = position·inv_freq[j]: (x1 cos a − x2 sin a, x2 cos a + x1 sin a). A block takes a row: its threads make the
+// `half` sines and cosines, and then turn eight pairs of a head each.
+//
+// Shared memory: 8·half bytes.
 #include "h1.cuh"
-
-#define HEADS 4
 
 // The sine and cosine of position·inv_freq, which reaches 10⁵ and more: the product less its quarter turns in f64 keeps all
 // the digits that f32 inputs have, and a polynomial does the rest, |r| ≤ π/4 (Cephes' sinf and cosf).
@@ -21,18 +22,28 @@ H1_DEVICE void turn(unsigned position, float inv_freq, float& sine, float& cosin
 extern "C" __global__ void rope(Rows<T_X> x, const unsigned* positions, const float* inv_freq, float sign,
                                 long long tokens, int heads, int half) {
     after_earlier();
-    int first = blockIdx.y * HEADS, end = min(first + HEADS, heads);
+    H1_DYNAMIC_SHARED(shared);
+    float *sines = reinterpret_cast<float*>(shared), *cosines = sines + half;
+    int eights = (half + 7) / 8;
+    bool wide = aligned(x) && half % 8 == 0;
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
-        for (int j = threadIdx.x; j < half; j += blockDim.x) {
-            float s, c;
-            turn(positions[t], inv_freq[j], s, c);
-            s *= sign;
-            for (int head = first; head < end; ++head) {
-                T_X* pair = x.row(t) + (long long)head * 2 * half + j;
-                float x1 = load(pair), x2 = load(pair + half);
-                store(pair, x1 * c - x2 * s);
-                store(pair + half, x2 * c + x1 * s);
+        __syncthreads();
+        for (int j = threadIdx.x; j < half; j += blockDim.x) turn(positions[t], inv_freq[j], sines[j], cosines[j]);
+        __syncthreads();
+        for (int item = threadIdx.x; item < heads * eights; item += blockDim.x) {
+            int j = item % eights * 8, count = half - j;
+            T_X* pairs = x.row(t) + (long long)(item / eights) * 2 * half + j;
+            float x1[8], x2[8], y1[8], y2[8];
+            load_eight(x1, pairs, count, wide);
+            load_eight(x2, pairs + half, count, wide);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float s = i < count ? sign * sines[j + i] : 0.0f, c = i < count ? cosines[j + i] : 0.0f;
+                y1[i] = x1[i] * c - x2[i] * s;
+                y2[i] = x2[i] * c + x1[i] * s;
             }
+            store_eight(pairs, y1, count, wide);
+            store_eight(pairs + half, y2, count, wide);
         }
     }
 }

@@ -14,6 +14,7 @@ mod trial;
 
 use super::reference::Reference;
 use super::{DType, Device, Error};
+use losses::Gradient;
 use trial::{Look, Trial};
 
 /// What a backend did wrong.
@@ -136,9 +137,16 @@ pub const CASES: &[Case] = &[
     case("selective_scan_backward of any d_state", |t| mixers::selective_scan_backward(t, 0)),
     case("head_loss", |t| t.in_f32(|t| losses::head_loss(t, true))),
     case("head_loss without a teacher", |t| t.in_f32(|t| losses::head_loss(t, false))),
-    case("head_loss_gradient", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, true))),
-    case("head_loss_gradient without a teacher", |t| t.in_f32(|t| losses::head_loss_gradient(t, false, true))),
-    case("head_loss_gradient, losses alone", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, false))),
+    case("head_loss_gradient", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, Gradient::InPlace))),
+    case("head_loss_gradient beside the logits", |t| {
+        // Gradients need a range that f16 lacks.
+        let dtype = if t.activations() == DType::Bf16 { DType::Bf16 } else { DType::F32 };
+        t.in_f32(|t| losses::head_loss_gradient(t, true, Gradient::Beside(dtype)))
+    }),
+    case("head_loss_gradient without a teacher", |t| {
+        t.in_f32(|t| losses::head_loss_gradient(t, false, Gradient::InPlace))
+    }),
+    case("head_loss_gradient, losses alone", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, Gradient::None))),
     case("argmax", |t| t.in_f32(losses::argmax)),
     case("sample", |t| t.in_f32(losses::sample)),
     case("gather", memory::gather),

@@ -325,7 +325,7 @@ impl Backend for Reference {
         let mut gradient = head.student.clone();
         let teacher = head.teacher();
         formulas::head_loss_gradient(gradient.view_mut(), teacher, &head.labels, &of_rows, &row_weights, &head.formula);
-        m.store(op.student, gradient.view(), false)
+        m.store(op.gradient.unwrap_or(op.student), gradient.view(), false)
     }
 
     fn argmax(&self, op: &ops::Argmax) -> Result<()> {

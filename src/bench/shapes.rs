@@ -142,6 +142,17 @@ pub fn two_layers(config: &ModelConfig) -> ModelConfig {
     }
 }
 
+/// A model to measure the head of `config` in: the rest is next to nothing.
+pub fn head_alone(config: &ModelConfig) -> ModelConfig {
+    ModelConfig {
+        blocks: vec![BlockKind::Attention],
+        mamba: None,
+        intermediate_size: 32,
+        tie_word_embeddings: true,
+        ..config.clone()
+    }
+}
+
 /// Uniform values of standard deviation 0.02, from the tensor's name alone; 1 for a vector.
 fn values(spec: &TensorSpec) -> Vec<f32> {
     match spec.role {

@@ -8,12 +8,13 @@ use std::time::Duration;
 mod roofline;
 
 use clap::Subcommand;
+use clap::builder::PossibleValuesParser;
 use serde_json::json;
 
 use super::common::{DeviceArguments, located, print, print_json, progress};
 use crate::backend::Device;
 use crate::bench::card;
-use crate::bench::kernels::{self, Kernel, Options};
+use crate::bench::kernels::{self, GROUPS, Kernel, Options};
 use crate::bench::shapes::{Shape, random_model};
 use crate::bench::throughput::{self, Load, Throughput};
 use crate::bench::train::{self, Step};
@@ -117,6 +118,9 @@ struct KernelArguments {
     /// Milliseconds to spend on each.
     #[arg(long, value_name = "N", default_value = "400")]
     budget: u64,
+    /// Only these groups of ops.
+    #[arg(long, value_name = "GROUP,...", value_delimiter = ',', value_parser = PossibleValuesParser::new(GROUPS), default_values = GROUPS)]
+    only: Vec<String>,
     #[command(flatten)]
     device: DeviceArguments,
     /// The result as JSON.
@@ -336,12 +340,13 @@ fn run_kernels(arguments: KernelArguments) -> anyhow::Result<()> {
     let options = Options { tokens, dtype: arguments.device.dtype(), budget };
     let told = |kernel: &Kernel| eprintln!("{} {}: {:.3} ms", kernel.name, kernel.sizes, 1e3 * kernel.seconds);
     let mut kernels = Vec::new();
-    if device.info().name == "cpu" && limits.threads > 1 {
+    let groups: Vec<&str> = arguments.only.iter().map(String::as_str).collect();
+    if device.info().name == "cpu" && limits.threads > 1 && groups.contains(&"layers") {
         let single = arguments.device.with_threads(NonZeroUsize::MIN);
         let limits = Limits::measure(1, BUDGET)?;
-        kernels.extend(kernels::layers(&single.open()?, &config, options, limits, told)?);
+        kernels.extend(kernels::measure(&single.open()?, &config, (options, &["layers"]), limits, told)?);
     }
-    kernels.extend(kernels::measure(&device, &config, options, limits, told)?);
+    kernels.extend(kernels::measure(&device, &config, (options, &groups), limits, told)?);
     if arguments.json {
         return print_json(&json!({
             "backend": device.info().name,

@@ -4,8 +4,8 @@ use super::decoder::Model;
 use super::scratch::{Column, Rows};
 use super::weights::Gradients;
 use crate::backend::ops::{
-    Argmax, Copy, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight,
-    LossWeights, RmsNorm, RmsNormBackward, STATISTICS, Scaling, ScatterAdd, WeightedSum,
+    Argmax, Fill, Gather, HeadLoss, HeadLossGradient, Linear, LinearBackwardInput, LinearBackwardWeight, LossWeights,
+    RmsNorm, RmsNormBackward, STATISTICS, Scaling, ScatterAdd, WeightedSum,
 };
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Largest, Out, Result, View};
 
@@ -289,9 +289,11 @@ impl LossHead {
             }
         }
         let labels = Some(self.labels.range(first, rows)?);
+        let dlogits = self.dlogits.as_ref().map(|dlogits| dlogits.of(rows)).transpose()?;
         device.head_loss(&HeadLoss { student, teacher, labels, scaling, statistics })?;
         device.head_loss_gradient(&HeadLossGradient {
             student,
+            gradient: dlogits,
             teacher,
             labels,
             scaling,
@@ -302,14 +304,7 @@ impl LossHead {
         })?;
         let Some(gradients) = gradients else { return Ok(()) };
         let (head, dx) = (model.ids().head, self.dnormed.of(first + rows)?.row_range(first, rows)?);
-        let dout = match &self.dlogits {
-            None => student,
-            Some(dlogits) => {
-                let dlogits = dlogits.of(rows)?;
-                device.copy(&Copy { src: student, out: Out::assign(dlogits) })?;
-                dlogits
-            }
-        };
+        let dout = dlogits.unwrap_or(student);
         if let Some(dweight) = gradients.of(head)? {
             device.linear_backward_weight(&LinearBackwardWeight { x, dout, dweight, dbias: None })?;
         }

@@ -292,6 +292,7 @@ fn loss_case(
     let only = |wanted| if kind == wanted { 1.0 } else { 0.0 };
     device.head_loss_gradient(&HeadLossGradient {
         student,
+        gradient: None,
         teacher,
         labels: None,
         scaling,

@@ -2,7 +2,7 @@
 
 use super::Verdict;
 use super::trial::{Arg, Trial};
-use crate::backend::{Result, ops};
+use crate::backend::{DType, Result, ops};
 
 const VOCABULARY: usize = 1000;
 
@@ -47,12 +47,28 @@ pub fn head_loss(t: &mut Trial, with_teacher: bool) -> Verdict {
     })
 }
 
-pub fn head_loss_gradient(t: &mut Trial, with_teacher: bool, with_gradient: bool) -> Verdict {
+/// Where a gradient of logits goes.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Gradient {
+    None,
+    InPlace,
+    /// To rows of a dtype of their own.
+    Beside(DType),
+}
+
+pub fn head_loss_gradient(t: &mut Trial, with_teacher: bool, gradient: Gradient) -> Verdict {
     let Logits { rows, vocabulary, values, teacher, labels, scaling } = Logits::draw(t, with_teacher)?;
     // A KL is a difference of logits ten times as large, which a sum of a hundred terms stands for.
     let of_loss = vocabulary + 100;
-    let terms = if with_gradient { of_loss } else { 0 };
-    let student = t.changed_of("student", rows, vocabulary, terms, |_, r, c| values[r * vocabulary + c])?;
+    let value = |_: &mut Trial, r: usize, c: usize| values[r * vocabulary + c];
+    let (student, beside) = match gradient {
+        Gradient::None => (t.input_of("student", rows, vocabulary, value)?, None),
+        Gradient::InPlace => (t.changed_of("student", rows, vocabulary, of_loss, value)?, None),
+        Gradient::Beside(dtype) => {
+            let student = t.input_of("student", rows, vocabulary, value)?;
+            (student, Some(t.output_as("gradient", dtype, rows, vocabulary, of_loss)?))
+        }
+    };
     let statistics = t.kept("statistics", rows, ops::STATISTICS)?;
     t.prepare(|on| {
         let (student, teacher, labels) = (on.view(student), on.maybe(teacher), on.maybe(labels));
@@ -60,11 +76,13 @@ pub fn head_loss_gradient(t: &mut Trial, with_teacher: bool, with_gradient: bool
     })?;
     let row_weights = t.input_of("row_weights", 1, rows, |t, _, _| if t.coin() { t.number(0.5, 2.0) } else { 0.0 })?;
     let (one, two) = (t.one_of(&[0.0, 1.0]), t.one_of(&[0.0, 0.3]));
-    let weights = with_gradient.then_some(ops::LossWeights { reverse_kl: 1.0, forward_kl: two, cross_entropy: one });
+    let weights = ops::LossWeights { reverse_kl: 1.0, forward_kl: two, cross_entropy: one };
+    let weights = (gradient != Gradient::None).then_some(weights);
     let losses = t.output("losses", rows, 3, of_loss)?;
     t.run(|on| {
         on.device.head_loss_gradient(&ops::HeadLossGradient {
             student: on.view(student),
+            gradient: on.maybe(beside),
             teacher: on.maybe(teacher),
             labels: on.maybe(labels),
             scaling,

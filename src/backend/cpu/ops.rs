@@ -351,8 +351,18 @@ impl Backend for Cpu {
                 row_weights: c.slice("row_weights", op.row_weights)?,
                 weights: op.weights,
             };
-            let (student, losses) = (c.rows_mut("student", op.student)?, c.rows_mut("losses", op.losses)?);
-            head_loss::head_loss_gradient(self.simd, &student, given, &losses);
+            let losses = c.rows_mut("losses", op.losses)?;
+            let gradient = match op.gradient {
+                None => c.rows_mut("student", op.student)?,
+                Some(view) => {
+                    let gradient = c.rows_mut("gradient", view)?;
+                    if op.weights.is_some() {
+                        elementwise::copy::<f32, f32>(c.rows("student", op.student)?, &gradient, false);
+                    }
+                    gradient
+                }
+            };
+            head_loss::head_loss_gradient(self.simd, &gradient, given, &losses);
             Ok(())
         })
     }

@@ -287,6 +287,11 @@ pub(super) fn each(rows: usize, cols: usize) -> Shape {
     }
 }
 
+/// A thread eight values of `[rows, cols]`, as EACH_EIGHT of `kernels/h1.cuh` goes over them.
+pub(super) fn each_eight(rows: usize, cols: usize) -> Shape {
+    each(rows, cols.div_ceil(8))
+}
+
 /// A block of `threads` a row.
 pub(super) fn blocks(rows: usize, threads: u32) -> Shape {
     Shape { grid: [rows.min(GRID_X) as u32, 1, 1], block: [threads, 1, 1], shared_bytes: 0 }

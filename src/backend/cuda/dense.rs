@@ -1,15 +1,15 @@
 //! Embedding, norm, gated activation, rotary positions, pages: launches of their kernels.
 
-use super::call::{Call, blocks, each};
+use super::call::{Call, blocks, each, each_eight};
 use super::driver::{Arguments, Shape};
 use super::memory::{chunk_of_rows, column_totals};
 use super::source;
 use crate::backend::{Largest, Result, ops};
 
-/// Threads of a block that sums over a row.
-const ROW_THREADS: u32 = 256;
-/// Heads that a thread of `rope.cu` turns.
-const ROPE_HEADS: usize = 4;
+/// Values of a row that a thread of `rms_norm.cu` keeps: 8·HELD there.
+const NORM_VALUES: usize = 16;
+/// Rows of a block of `page_write.cu`, a warp each.
+const PAGE_ROWS: usize = 8;
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
@@ -21,7 +21,7 @@ pub(super) fn embed(c: &mut Call, op: &ops::Embed) -> Result<()> {
     let arguments = Arguments::new().pointer(ids.start).place(&weight).size(weight.rows).place(&out);
     let arguments = arguments.size(out.rows).size(out.cols);
     let defines = [("T_W", weight.of()), ("T_X", out.of()), ("T_OUT", out.of())];
-    c.launch((&source::EMBED, "embed"), &defines, each(out.rows, out.cols), &arguments)
+    c.launch((&source::EMBED, "embed"), &defines, each_eight(out.rows, out.cols), &arguments)
 }
 
 pub(super) fn embed_backward(c: &mut Call, op: &ops::EmbedBackward) -> Result<()> {
@@ -36,13 +36,18 @@ pub(super) fn embed_backward(c: &mut Call, op: &ops::EmbedBackward) -> Result<()
     c.launch((&source::EMBED, "embed_backward"), &defines, each(dout.rows, dout.cols), &arguments)
 }
 
+/// A block a row of a norm, with as many threads as keep the row.
+fn norm_blocks(rows: usize, width: usize) -> Shape {
+    blocks(rows, width.div_ceil(NORM_VALUES).next_multiple_of(32).clamp(32, 1024) as u32)
+}
+
 pub(super) fn rms_norm(c: &mut Call, op: &ops::RmsNorm) -> Result<()> {
     let (x, weight, out) = (c.floats("x", op.x)?, c.floats("weight", op.weight)?, c.floats("out", op.out)?);
     let inv_rms = c.maybe_f32("inv_rms", op.inv_rms)?;
     let arguments = Arguments::new().place(&x).pointer(weight.start).float(op.eps).place(&out).maybe(inv_rms);
     let arguments = arguments.size(x.rows).int(c.int("width", x.cols)?);
     let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of())];
-    c.launch((&source::RMS_NORM, "rms_norm"), &defines, blocks(x.rows, ROW_THREADS), &arguments)
+    c.launch((&source::RMS_NORM, "rms_norm"), &defines, norm_blocks(x.rows, x.cols), &arguments)
 }
 
 pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Result<()> {
@@ -53,7 +58,7 @@ pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Resu
     let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", dx.of())];
     let arguments = Arguments::new().place(&x).pointer(weight.start).pointer(inv_rms.start).place(&dout).place(&dx);
     let arguments = arguments.int(op.dx.add.into()).size(x.rows).int(width);
-    c.launch((&source::RMS_NORM, "rms_norm_backward"), &defines, blocks(x.rows, ROW_THREADS), &arguments)?;
+    c.launch((&source::RMS_NORM, "rms_norm_backward"), &defines, norm_blocks(x.rows, x.cols), &arguments)?;
     let Some(dweight) = dweight else { return Ok(()) };
     let (chunk, chunks) = chunk_of_rows(x.rows);
     let [partials] = c.scratch([4 * chunks * x.cols])?;
@@ -67,7 +72,7 @@ pub(super) fn swiglu(c: &mut Call, op: &ops::Swiglu) -> Result<()> {
     let gate = c.floats("gate", op.gate)?;
     let (up, out) = (c.like("up", op.up, &gate)?, c.like("out", op.out, &gate)?);
     let arguments = Arguments::new().place(&gate).place(&up).place(&out).size(out.rows).size(out.cols);
-    c.launch((&source::SWIGLU, "swiglu"), &[("T_X", gate.of())], each(out.rows, out.cols), &arguments)
+    c.launch((&source::SWIGLU, "swiglu"), &[("T_X", gate.of())], each_eight(out.rows, out.cols), &arguments)
 }
 
 pub(super) fn swiglu_backward(c: &mut Call, op: &ops::SwigluBackward) -> Result<()> {
@@ -76,7 +81,7 @@ pub(super) fn swiglu_backward(c: &mut Call, op: &ops::SwigluBackward) -> Result<
     let (dgate, dup) = (c.like("dgate", op.dgate, &gate)?, c.like("dup", op.dup, &gate)?);
     let arguments = Arguments::new().place(&gate).place(&up).place(&dout).place(&dgate).place(&dup);
     let arguments = arguments.size(gate.rows).size(gate.cols);
-    c.launch((&source::SWIGLU, "swiglu_backward"), &[("T_X", gate.of())], each(gate.rows, gate.cols), &arguments)
+    c.launch((&source::SWIGLU, "swiglu_backward"), &[("T_X", gate.of())], each_eight(gate.rows, gate.cols), &arguments)
 }
 
 pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
@@ -86,8 +91,8 @@ pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
     let sign = if op.inverse { -1.0 } else { 1.0 };
     let arguments = Arguments::new().place(&x).pointer(positions.start).pointer(inv_freq.start).float(sign);
     let arguments = arguments.size(x.rows).int(c.int("heads", heads)?).int(c.int("head_dim", half)?);
-    let row = blocks(x.rows, half.next_multiple_of(32).min(256) as u32);
-    let shape = Shape { grid: [row.grid[0], c.int("heads", heads.div_ceil(ROPE_HEADS))?, 1], ..row };
+    let threads = (heads * half.div_ceil(8)).next_multiple_of(32).clamp(32, 256) as u32;
+    let shape = Shape { shared_bytes: c.int("head_dim", 8 * half)?, ..blocks(x.rows, threads) };
     c.launch((&source::ROPE, "rope"), &[("T_X", x.of())], shape, &arguments)
 }
 
@@ -99,13 +104,21 @@ pub(super) fn page_write(c: &mut Call, op: &ops::PageWrite) -> Result<()> {
     let arguments = arguments.int(c.int("page", op.page_size)?).place(&out).size(out.rows);
     let arguments = arguments.size(rows.rows).size(rows.cols);
     let defines = [("T_X", rows.of()), ("T_OUT", out.of())];
-    c.launch((&source::PAGE_WRITE, "page_write"), &defines, blocks(rows.rows, ROW_THREADS), &arguments)
+    c.launch(
+        (&source::PAGE_WRITE, "page_write"),
+        &defines,
+        blocks(rows.rows.div_ceil(PAGE_ROWS), 32 * PAGE_ROWS as u32),
+        &arguments,
+    )
 }
 
 pub(super) fn neg_exp(c: &mut Call, op: &ops::NegExp) -> Result<()> {
     let (a_log, a) = (c.floats("a_log", op.a_log)?, c.f32("a", op.a)?);
-    let arguments = Arguments::new().place(&a_log).place(&a).size(a.rows).size(a.cols);
-    c.launch((&source::NEG_EXP, "neg_exp"), &[("T_X", a_log.of())], each(a.rows, a.cols), &arguments)
+    // Rows one after the other are one row, which fills blocks.
+    let flat = a_log.stride == a.cols && a.stride == a.cols;
+    let (rows, cols) = if flat { (1, a.rows * a.cols) } else { (a.rows, a.cols) };
+    let arguments = Arguments::new().place(&a_log).place(&a).size(rows).size(cols);
+    c.launch((&source::NEG_EXP, "neg_exp"), &[("T_X", a_log.of())], each(rows, cols), &arguments)
 }
 
 pub(super) fn neg_exp_backward(c: &mut Call, op: &ops::NegExpBackward) -> Result<()> {

@@ -15,7 +15,7 @@ pub(super) fn head_loss(c: &mut Call, op: &ops::HeadLoss) -> Result<()> {
     let arguments = Arguments::new().place(&student).maybe_place(teacher).maybe(labels);
     let arguments = arguments.float(op.scaling.student()).float(op.scaling.teacher()).place(&statistics);
     let arguments = arguments.size(student.cols);
-    c.launch((&source::HEAD_LOSS, "head_loss"), &[], blocks(student.rows, THREADS), &arguments)
+    c.launch((&source::HEAD_LOSS, "head_loss"), &[("T_OUT", student.of())], blocks(student.rows, THREADS), &arguments)
 }
 
 pub(super) fn head_loss_gradient(c: &mut Call, op: &ops::HeadLossGradient) -> Result<()> {
@@ -25,12 +25,14 @@ pub(super) fn head_loss_gradient(c: &mut Call, op: &ops::HeadLossGradient) -> Re
     let losses = c.f32("losses", op.losses)?;
     let none = ops::LossWeights { reverse_kl: 0.0, forward_kl: 0.0, cross_entropy: 0.0 };
     let weights = op.weights.unwrap_or(none);
-    let arguments = Arguments::new().place(&student).maybe_place(teacher).maybe(labels);
+    let gradient = c.maybe_floats("gradient", op.gradient)?.unwrap_or(student);
+    let arguments = Arguments::new().place(&student).place(&gradient).maybe_place(teacher).maybe(labels);
     let arguments = arguments.float(op.scaling.student()).float(op.scaling.teacher()).place(&statistics);
     let arguments = arguments.pointer(row_weights.start).int(op.weights.is_some().into()).float(weights.reverse_kl);
     let arguments = arguments.float(weights.forward_kl).float(weights.cross_entropy).place(&losses);
     let arguments = arguments.size(student.cols);
-    c.launch((&source::HEAD_LOSS, "head_loss_gradient"), &[], blocks(student.rows, THREADS), &arguments)
+    let defines = [("T_OUT", gradient.of())];
+    c.launch((&source::HEAD_LOSS, "head_loss_gradient"), &defines, blocks(student.rows, THREADS), &arguments)
 }
 
 pub(super) fn argmax(c: &mut Call, op: &ops::Argmax) -> Result<()> {

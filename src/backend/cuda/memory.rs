@@ -1,6 +1,6 @@
 //! Rows moved, filled, scaled and summed, and the optimiser's step: launches of their kernels.
 
-use super::call::{Call, Place, blocks, each};
+use super::call::{Call, Place, blocks, each, each_eight};
 use super::driver::{Arguments, Pointer};
 use super::source;
 use crate::backend::{DType, Largest, Result, ops};
@@ -46,7 +46,7 @@ pub(super) fn column_sums(c: &mut Call, values: &Place, weights: Option<Place>, 
 pub(super) fn cast(c: &mut Call, src: &Place, out: &Place, add: bool) -> Result<()> {
     let arguments = Arguments::new().place(src).place(out).int(add.into()).size(src.rows).size(src.cols);
     let defines = [("T_X", src.of()), ("T_OUT", out.of())];
-    c.launch((&source::MEMORY, "copy"), &defines, each(src.rows, src.cols), &arguments)
+    c.launch((&source::MEMORY, "copy"), &defines, each_eight(src.rows, src.cols), &arguments)
 }
 
 pub(super) fn gather(c: &mut Call, op: &ops::Gather) -> Result<()> {
@@ -54,7 +54,7 @@ pub(super) fn gather(c: &mut Call, op: &ops::Gather) -> Result<()> {
     let arguments = Arguments::new().place(&src).size(src.rows).pointer(rows.start).place(&out);
     let arguments = arguments.size(out.rows).size(out.cols);
     let defines = [("T_X", src.of()), ("T_OUT", out.of())];
-    c.launch((&source::ROWS, "gather"), &defines, each(out.rows, out.cols), &arguments)
+    c.launch((&source::ROWS, "gather"), &defines, each_eight(out.rows, out.cols), &arguments)
 }
 
 pub(super) fn scatter_add(c: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
@@ -62,7 +62,7 @@ pub(super) fn scatter_add(c: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
     let arguments = Arguments::new().place(&src).pointer(rows.start).place(&out).size(out.rows);
     let arguments = arguments.size(src.rows).size(src.cols);
     let defines = [("T_X", src.of()), ("T_OUT", out.of())];
-    c.launch((&source::ROWS, "scatter_add"), &defines, each(src.rows, src.cols), &arguments)
+    c.launch((&source::ROWS, "scatter_add"), &defines, each_eight(src.rows, src.cols), &arguments)
 }
 
 pub(super) fn copy(c: &mut Call, op: &ops::Copy) -> Result<()> {
@@ -78,13 +78,13 @@ pub(super) fn copy(c: &mut Call, op: &ops::Copy) -> Result<()> {
 pub(super) fn fill(c: &mut Call, op: &ops::Fill) -> Result<()> {
     let out = c.floats("out", op.out)?;
     let arguments = Arguments::new().float(op.value).place(&out).size(out.rows).size(out.cols);
-    c.launch((&source::MEMORY, "fill"), &[("T_OUT", out.of())], each(out.rows, out.cols), &arguments)
+    c.launch((&source::MEMORY, "fill"), &[("T_OUT", out.of())], each_eight(out.rows, out.cols), &arguments)
 }
 
 pub(super) fn scale(c: &mut Call, op: &ops::Scale) -> Result<()> {
     let x = c.floats("x", op.x)?;
     let arguments = Arguments::new().float(op.factor).place(&x).size(x.rows).size(x.cols);
-    c.launch((&source::MEMORY, "scale"), &[("T_OUT", x.of())], each(x.rows, x.cols), &arguments)
+    c.launch((&source::MEMORY, "scale"), &[("T_OUT", x.of())], each_eight(x.rows, x.cols), &arguments)
 }
 
 pub(super) fn weighted_sum(c: &mut Call, op: &ops::WeightedSum) -> Result<()> {

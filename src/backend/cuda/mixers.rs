@@ -40,6 +40,9 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
             let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
             all.push(alike(&source::SELECTIVE_SCAN_BACKWARD, &names, of, &backward));
         }
+        for d_state in [16, 32, 64, 128, 256].map(|states| ("D_STATE", Value::Number(states))) {
+            all.push(alike(&source::SELECTIVE_SCAN_STEP, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &[d_state]));
+        }
         all.push(alike(&source::SCAN_SUMS, &["T_DP"], of, &[]));
         for head_dim in [64, 80, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
             all.push(alike(&source::ATTENTION, &["T_Q", "T_KV", "T_OUT"], of, &[head_dim]));

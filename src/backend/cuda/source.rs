@@ -66,6 +66,7 @@ sources! {
     CONV1D_BACKWARD: "conv1d_backward.cu";
     SELECTIVE_SCAN: "selective_scan.cu";
     SELECTIVE_SCAN_BACKWARD: "selective_scan_backward.cu";
+    SELECTIVE_SCAN_STEP: "selective_scan_step.cu";
     SELECTIVE_SCAN16: "selective_scan16.cu";
     SELECTIVE_SCAN16_BACKWARD: "selective_scan16_backward.cu";
     SCAN_SUMS: "scan_sums.cu";

@@ -42,7 +42,7 @@ pub fn all(capability: (u32, u32)) -> Vec<ModuleKey> {
         (&source::ROPE, &[&["T_X"]]),
         (&source::PAGE_WRITE, &[&["T_X", "T_OUT"]]),
         (&source::NEG_EXP, &[&[], &["T_X"]]),
-        (&source::HEAD_LOSS, &[&[]]),
+        (&source::HEAD_LOSS, &[&["T_OUT"]]),
         (&source::CHOOSE, &[&["T_X"]]),
         (&source::ROWS, &[&["T_X", "T_OUT"]]),
         (&source::MEMORY, &[&[], &["T_OUT"], &["T_X", "T_OUT"]]),

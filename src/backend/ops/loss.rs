@@ -88,13 +88,15 @@ impl Checked for HeadLoss {
     }
 }
 
-/// Turns the student's logits into the gradient of `Σ_rows row_weight · Σ_kinds weight · loss`, in place, and gives the
-/// losses of each row. A kind whose weight is 0 has no part in the gradient; one that lacks its teacher or its label
+/// The gradient of `Σ_rows row_weight · Σ_kinds weight · loss` in the student's logits, in their place or beside them, and
+/// the losses of each row. A kind whose weight is 0 has no part in the gradient; one that lacks its teacher or its label
 /// has loss 0.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadLossGradient {
-    /// `[rows, vocabulary]` f32, read and written; left as it is where `weights` is `None`.
+    /// `[rows, vocabulary]` f32, read; the gradient takes its place where there is no `gradient`.
     pub student: View,
+    /// `[rows, vocabulary]`, f32 or as the device stores gradients; not written where `weights` is `None`.
+    pub gradient: Option<View>,
     /// `[rows, vocabulary]` f32.
     pub teacher: Option<View>,
     /// `[1, rows]` u32.
@@ -119,7 +121,13 @@ impl Checked for HeadLossGradient {
         self.labels.map_or(Ok(()), |labels| check.ids("labels", labels, 1, rows))?;
         check.input("statistics", self.statistics, rows, STATISTICS)?;
         check.input("row_weights", self.row_weights, 1, rows)?;
-        check.output("student", self.student, rows, vocabulary)?;
+        match self.gradient {
+            None => check.output("student", self.student, rows, vocabulary)?,
+            Some(gradient) => {
+                check.input("student", self.student, rows, vocabulary)?;
+                check.output("gradient", gradient, rows, vocabulary)?;
+            }
+        }
         check.output("losses", self.losses, rows, 3)?;
         check.finish()
     }

@@ -1,9 +1,9 @@
 //! The loss over logits, and the choice of a token.
 
 use super::call::Call;
-use super::shaders;
+use super::{rows, shaders};
 use crate::backend::ops::LossWeights;
-use crate::backend::{Result, View, ops};
+use crate::backend::{Out, Result, View, ops};
 
 /// The same rows of an argument that may be absent: of a matrix.
 fn rows_of(view: Option<View>, first: usize, count: usize) -> Result<Option<View>> {
@@ -35,7 +35,11 @@ pub(super) fn head_loss(call: &mut Call, op: &ops::HeadLoss) -> Result<()> {
 
 pub(super) fn head_loss_gradient(call: &mut Call, op: &ops::HeadLossGradient) -> Result<()> {
     let views = [op.student, op.statistics, op.row_weights, op.losses];
-    call.check(views.into_iter().chain(op.teacher).chain(op.labels))?;
+    call.check(views.into_iter().chain(op.gradient).chain(op.teacher).chain(op.labels))?;
+    if let Some(gradient) = op.gradient.filter(|_| op.weights.is_some()) {
+        rows::copy(call, &ops::Copy { src: op.student, out: Out::assign(gradient) })?;
+    }
+    let logits = op.gradient.unwrap_or(op.student);
     let none = LossWeights { reverse_kl: 0.0, forward_kl: 0.0, cross_entropy: 0.0 };
     let weights = op.weights.unwrap_or(none);
     for (first, count) in call.row_blocks(&[op.student, op.teacher.unwrap_or(op.student)]) {
@@ -49,7 +53,7 @@ pub(super) fn head_loss_gradient(call: &mut Call, op: &ops::HeadLossGradient) ->
             .maybe_read(cols_of(op.labels, first, count)?)
             .read(op.statistics.row_range(first, count)?)
             .read(op.row_weights.col_range(first, count)?)
-            .write(op.student.row_range(first, count)?)
+            .write(logits.row_range(first, count)?)
             .write(op.losses.row_range(first, count)?)
             .size(count)
             .size(op.student.cols)

@@ -64,7 +64,7 @@ fn product_backward(bench: &mut Bench<'_>, sizes: [usize; 3]) -> Result<()> {
 }
 
 /// What goes row by row and is bound by memory.
-pub(super) fn rows(bench: &mut Bench<'_>) -> Result<()> {
+pub(super) fn row(bench: &mut Bench<'_>) -> Result<()> {
     let (device, tokens, hidden) = (bench.device, bench.tokens, bench.config.hidden_size);
     let (mlp, vocabulary) = (bench.config.intermediate_size, bench.config.vocab_size);
     let (wide, inner) = (format!("{tokens}×{hidden}"), format!("{tokens}×{mlp}"));

@@ -38,6 +38,9 @@ pub struct Kernel {
     pub gemm_gflops: Option<f64>,
 }
 
+/// The groups of ops.
+pub const GROUPS: [&str; 8] = ["products", "row", "attention", "mamba", "head", "loss", "optimiser", "layers"];
+
 /// How ops are timed.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -70,41 +73,34 @@ struct Bench<'a> {
     kernels: &'a mut Vec<Kernel>,
 }
 
-/// Times of all ops of a shape on `device`; `limits` are those of the device. `progress` hears of each op.
+/// Times of the ops of some of the [`GROUPS`] of a shape on `device`; `limits` are those of the device. `progress` hears of
+/// each op.
 ///
 /// # Errors
 /// When the device has no room, cannot do an op, or fails.
 pub fn measure(
     device: &Device,
     config: &ModelConfig,
-    options: Options,
+    (options, groups): (Options, &[&str]),
     limits: Limits,
     mut progress: impl FnMut(&Kernel),
 ) -> Result<Vec<Kernel>> {
     let mut kernels = Vec::new();
-    for part in [dense::products, dense::rows, mixers::attention, mixers::mamba, head::head, head::optimiser] {
+    let runs: [fn(&mut Bench<'_>) -> Result<()>; GROUPS.len()] = [
+        dense::products,
+        dense::row,
+        mixers::attention,
+        mixers::mamba,
+        head::head,
+        head::loss,
+        head::optimiser,
+        layers::layers,
+    ];
+    for (_, run) in GROUPS.iter().zip(runs).filter(|(name, _)| groups.contains(name)) {
         let before = kernels.len();
-        part(&mut Bench::new(device, config, options, limits, &mut kernels)?)?;
+        run(&mut Bench::new(device, config, options, limits, &mut kernels)?)?;
         kernels[before..].iter().for_each(&mut progress);
     }
-    kernels.extend(layers(device, config, options, limits, &mut progress)?);
-    Ok(kernels)
-}
-
-/// The two kinds of mixers as whole layers, forward and with backward.
-///
-/// # Errors
-/// As [`measure`].
-pub fn layers(
-    device: &Device,
-    config: &ModelConfig,
-    options: Options,
-    limits: Limits,
-    mut progress: impl FnMut(&Kernel),
-) -> Result<Vec<Kernel>> {
-    let mut kernels = Vec::new();
-    layers::layers(&mut Bench::new(device, config, options, limits, &mut kernels)?)?;
-    kernels.iter().for_each(&mut progress);
     Ok(kernels)
 }
 

@@ -5,7 +5,7 @@ use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
-/// Rows that a block takes, CONV_ROWS of the kernels.
+/// The most rows that a block takes, CONV_ROWS of the kernels.
 const ROWS: usize = 64;
 /// Threads of a block.
 const THREADS: usize = 128;
@@ -35,8 +35,11 @@ pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result
     let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).int(capacity);
     let arguments = arguments.size(x.rows).int(channels_out).int(c.int("head", shape.head)?);
     let arguments = arguments.int(c.int("repeat", shape.repeat)?).int(shape.repeat_first.into());
-    let arguments = arguments.maybe_place(state_in).size(slots).place(&out);
-    let grid = [c.int("row blocks", x.rows.div_ceil(ROWS))?, out.cols.div_ceil(THREADS).min(65535) as u32, 1];
+    // Where there are few rows, as in a step of decoding, so few a block that every multiprocessor has one.
+    let column_blocks = out.cols.div_ceil(THREADS).min(65535);
+    let rows = (x.rows * column_blocks / (4 * c.limits().multiprocessors)).clamp(1, ROWS);
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&out).int(rows as u32);
+    let grid = [c.int("row blocks", x.rows.div_ceil(rows))?, column_blocks as u32, 1];
     let by_columns = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: 0 };
     c.launch((&source::CONV1D, "conv1d"), &defines, by_columns, &arguments)?;
 

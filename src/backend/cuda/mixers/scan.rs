@@ -1,5 +1,6 @@
 //! The scan's launches: `kernels/selective_scan16.cu` and `kernels/selective_scan16_backward.cu` for channels as in the m2
-//! layer stored in 16 bits, for others `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`.
+//! layer stored in 16 bits, for others `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`; a step of
+//! decoding is `kernels/selective_scan_step.cu`.
 
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
@@ -124,8 +125,8 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Tokens that forward takes in one stretch of code: those between two saved states, or few where most segments have a token or two.
-const GROUPS: [usize; 2] = [SCAN_CHUNK, 4];
+/// Threads of a block of `selective_scan_step`.
+const STEP_THREADS: usize = 128;
 
 /// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
 /// the most of each kind.
@@ -134,7 +135,7 @@ pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
     let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"];
     let both = |(d_state, lanes, tile, vector)| {
         let backward = if vector == 1 { 16 } else { 4 };
-        [GROUPS[0], backward]
+        [SCAN_CHUNK, backward]
             .map(|group| names.into_iter().zip([d_state, lanes, tile, vector, group].map(Tiles::number)).collect())
     };
     layouts.into_iter().map(both).collect()
@@ -222,6 +223,20 @@ pub(super) fn scratch_bytes(largest: &Largest) -> usize {
     partials.saturating_add(largest.segments.saturating_mul(by_segment)).saturating_mul(4)
 }
 
+/// Forward of segments of few tokens: a step of decoding has about one of each.
+fn step(c: &mut Call, sizes: &ops::ScanInputs, inputs: &Inputs, arguments: Arguments, out: &Place) -> Result<()> {
+    let (channels, d_state) = (sizes.channels(), sizes.d_state());
+    // LANES of the kernel.
+    let lanes = d_state.div_ceil(4).next_power_of_two().clamp(4, 32);
+    let [of_u, of_delta, of_p, of_states, ..] = inputs.defines(false);
+    let defines = [of_u, of_delta, of_p, of_states, ("T_OUT", out.of())];
+    let blocks = c.int("channels", (channels * lanes).div_ceil(STEP_THREADS))?;
+    let grid = [blocks, inputs.segments.capacity as u32, 1];
+    let shape = Shape { grid, block: [STEP_THREADS as u32, 1, 1], shared_bytes: 0 };
+    let arguments = arguments.place(out).int(c.int("channels", channels)?);
+    c.launch((&source::SELECTIVE_SCAN_STEP, "selective_scan_step"), &defines, shape, &arguments)
+}
+
 pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
     let inputs = Inputs::new(c, &op.inputs)?;
     let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
@@ -229,12 +244,14 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let mut places = vec![inputs.u, inputs.delta, out];
     places.extend(inputs.parts(&op.inputs, &inputs.projected));
     let arguments = inputs.arguments.clone().maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
+    if inputs.u.rows <= 2 * inputs.segments.capacity && saved.is_none() {
+        return step(c, &op.inputs, &inputs, arguments, &out);
+    }
     let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
-    let decoding = inputs.u.rows <= 2 * inputs.segments.capacity;
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
-    if !decoding && inputs.in_sixteens(&op.inputs, &of_16, &out) {
+    if inputs.in_sixteens(&op.inputs, &of_16, &out) {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
         let arguments = arguments.int(inputs.tiles.count as u32);
         let shape = inputs.shape16(384, scan16_bytes(row, projected));
@@ -242,7 +259,7 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
         return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
     }
     let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
-    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(GROUPS[usize::from(decoding)]))]);
+    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(SCAN_CHUNK))]);
     let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes(row, projected));
     if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
         return Err(c.unsupported("a scan", format!("{} states a channel", inputs.tiles.d_state)));
