@@ -499,6 +499,11 @@ def attention():
             print(f"    {name:5} forward {show(us)}  backward {show(back, 5)}  {info.get(name, '')}", flush=True)
 
 
+    run = Attention([16384], [0], 32, 8, 128, torch.bfloat16, page_size=64).wgmma()
+    us = time_us(run, 5)
+    print(f"  16384 tokens, 32/8 × 128, keys in pages of 64: wgmma forward {us:8.0f} µs {16384 * 16384 * 2 * 32 * 128 / us / 1e6:6.0f}")
+
+
 def decode():
     if args.emulate:
         return

@@ -20,8 +20,7 @@
 // What a block's warpgroups know of a tile of queries; no query is the end.
 struct Work {
     int row0, kv_head, position0, count, first, from_tile, to_tile;
-    unsigned keys, turn;
-    const unsigned* pages;
+    unsigned keys, slot, turn;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -49,67 +48,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         Ring<SLOTS> at;
         // Registers are few here: what is known of the tile is read where it lies.
         const Work& known = shared_work;
-        // Keys one after the other are copied at once; of those in pages a lane copies the part that lies in one page.
-        int part = pages ? box_rows : KEYS_A_SLOT;
-        bool copies = lane * part < KEYS_A_SLOT;
         for (;;) {
             int index = lane == 0 ? atomicAdd(counter, 1) : 0;
             index = __shfl_sync(WHOLE_WARP, index, 0);
-            Work work;
-            work.count = 0;
-            if (index < tiles * kv_heads) {
-                int round = index / (tiles * heads_together), rest = index % (tiles * heads_together);
-                int heads = min(heads_together, kv_heads - round * heads_together);
-                work.kv_head = round * heads_together + rest % heads;
-                SegmentTile tile(segments, capacity, tokens, tiles - 1 - rest / heads, queries, false);
-                if (tile.count == 0) continue;
-                work.row0 = tile.segment.start + tile.first;
-                work.position0 = tile.segment.past + tile.first;
-                work.keys = tile.segment.keys;
-                work.pages = tile.segment.slot < slots ? pages + tile.segment.slot * (long long)pages_a_slot : nullptr;
-                work.count = tile.count;
-                work.first = first_seen(work.position0, window);
-                work.from_tile = work.first / KEYS_A_SLOT;
-                work.to_tile = (work.position0 + work.count - 1) / KEYS_A_SLOT;
-            }
+            int round = index / (tiles * heads_together), rest = index % (tiles * heads_together);
+            int heads = min(heads_together, kv_heads - round * heads_together);
+            bool done = index >= tiles * kv_heads;
+            SegmentTile tile(segments, done ? 0 : capacity, tokens, done ? 0 : tiles - 1 - rest / heads, queries, false);
+            if (tile.count == 0 && !done) continue;
             barrier_wait(q_empty, ~known.turn & 1);
-            work.turn = known.turn + 1;
             __syncwarp();
             if (lane == 0) {
-                shared_work = work;
-                if (work.count == 0) {
+                Work& work = shared_work;
+                ++work.turn;
+                work.count = tile.count;
+                if (done) {
                     barrier_arrive(q_full);
                 } else {
+                    work.kv_head = round * heads_together + rest % heads;
+                    work.row0 = tile.segment.start + tile.first;
+                    work.position0 = tile.segment.past + tile.first;
+                    work.keys = tile.segment.keys;
+                    work.slot = tile.segment.slot;
+                    work.first = first_seen(work.position0, window);
+                    work.from_tile = work.first / KEYS_A_SLOT;
+                    work.to_tile = (work.position0 + work.count - 1) / KEYS_A_SLOT;
                     barrier_expect(q_full, queries * group * HEAD_DIM * 2);
                     copy_tile<ROWS>(q_tile, q, work.kv_head * group, work.row0, q_full);
                 }
             }
-            if (work.count == 0) return;
+            if (done) return;
             __syncwarp();
-            // Keys before the values of the tile before.
-            int steps = 2 * (known.to_tile - known.from_tile + 1);
-            auto of_values = [&](int step) { return step > 0 && (step % 2 == 0 || step == steps - 1); };
-            // Where the lane's part of a step's tile lies.
-            auto row_of = [&](int step) -> unsigned {
-                int tile = known.to_tile - (of_values(step) ? (step - 1) / 2 : (step + 1) / 2);
-                unsigned key = tile * KEYS_A_SLOT + lane * part;
-                if (!pages) return known.keys + key;
-                // Of a page that is not there: a row behind the last, so that all are 0.
-                unsigned page = key / page_size;
-                page = known.pages && page < pages_a_slot ? known.pages[page] : page_count;
-                return page < page_count ? page * page_size + key % page_size : key_rows;
-            };
-            unsigned row = row_of(0);
+            // Keys before the values of the tile before. A lane copies `box_rows` keys, which are one after the other.
 #pragma unroll 1
-            for (int step = 0; step < steps; ++step, at.next()) {
-                // The next page is looked up while this one's place is awaited.
-                unsigned next = step + 1 < steps ? row_of(step + 1) : 0;
-                SharedAddress to = ring + at.slot * SLOT_BYTES + lane * part * ROW_BYTES, barrier = full + 8 * at.slot;
+            for (int step = 0, steps; step < (steps = 2 * (known.to_tile - known.from_tile + 1)); ++step, at.next()) {
+                bool values = step > 0 && (step % 2 == 0 || step == steps - 1);
+                unsigned row = (known.to_tile - (values ? (step - 1) / 2 : (step + 1) / 2)) * KEYS_A_SLOT + lane * box_rows;
+                if (pages) {
+                    // Of a page that is not there: a row behind the last, so that all are 0.
+                    unsigned page = row / page_size, there = page_count;
+                    row -= page * page_size;
+                    if (known.slot < slots && page < pages_a_slot) there = pages[known.slot * pages_a_slot + page];
+                    row = there < page_count ? there * page_size + row : key_rows;
+                } else {
+                    row += known.keys;
+                }
                 barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
-                if (lane == 0) barrier_expect(barrier, SLOT_BYTES);
+                if (lane == 0) barrier_expect(full + 8 * at.slot, SLOT_BYTES);
                 __syncwarp();
-                if (copies) copy_tile<KEYS_A_SLOT>(to, of_values(step) ? v : k, known.kv_head, row, barrier);
-                row = next;
+                if (lane * box_rows < KEYS_A_SLOT)
+                    copy_tile<KEYS_A_SLOT>(ring + at.slot * SLOT_BYTES + lane * box_rows * ROW_BYTES, values ? v : k, known.kv_head, row, full + 8 * at.slot);
             }
         }
     }

@@ -125,7 +125,7 @@ extern "C" __global__ void head_loss_gradient(Rows<const float> student, Rows<T_
     float of_label = labelled ? weight * label_weight : 0.0f, of_reverse = weight * reverse_weight;
     float of_q = teacher.data ? weight * forward_weight : 0.0f, of_p = of_q + of_label;
     float p_factor = 1.0f / found[STUDENT_SUM], q_factor = teacher.data ? 1.0f / found[TEACHER_SUM] : 0.0f;
-    long long label = labelled ? labels[r] : -1;
+    long long label = labelled ? (long long)labels[r] : -1;
     float student_max = found[STUDENT_MAX], teacher_max = found[TEACHER_MAX];
     bool wide = aligned(student) && aligned(teacher) && aligned(out);
     for (long long v = 8 * threadIdx.x; v < vocabulary; v += 8 * blockDim.x) {

@@ -75,9 +75,10 @@ fn quantised_blocks_hold_the_values_that_the_published_package_reads() {
 }
 
 #[test]
-fn logits_are_those_of_transformers_for_llama_and_qwen2_from_gguf_and_from_a_folder() {
+fn logits_are_those_of_transformers_for_each_architecture_from_gguf_and_from_a_folder() {
     let models = [
         ("llama.gguf", "llama.io"),
+        ("mistral.gguf", "mistral.io"),
         ("qwen2.gguf", "qwen2.io"),
         ("k-quants.gguf", "k-quants.io"),
         ("qwen2", "qwen2/io"),
@@ -100,6 +101,8 @@ fn a_gguf_says_the_same_of_a_model_as_a_config_json() {
     assert_eq!((config.family, config.tie_word_embeddings, config.head_dim), (Family::Llama, true, 8));
     assert!(matches!(&config.rope.scaling, Some(RopeScaling::Llama3(scaling)) if scaling.factor == 8.0));
     assert_eq!((config.bos_token_id, &config.eos_token_ids[..]), (Some(1), &[2][..]));
+    let mistral = Checkpoint::open(&here("mistral.gguf")).unwrap();
+    assert_eq!((mistral.config().family, mistral.config().sliding_window), (Family::Mistral, Some(8)));
     let qwen2 = Checkpoint::open(&here("qwen2.gguf")).unwrap();
     let folder = Checkpoint::open(&here("qwen2")).unwrap();
     let same = ModelConfig {

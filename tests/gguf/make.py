@@ -7,8 +7,9 @@ qwen2/               a Qwen2 of random bf16 weights in Hugging Face form; io.saf
                      transformers in f64, and the gradients of the mean cross-entropy of the next token
 llama.gguf           a Llama with Llama 3's RoPE factors, queries and keys interleaved, in every type of 32 values a block
 qwen2.gguf           a Qwen2 with a head of its own, in a mixture of types
+mistral.gguf         a Mistral under its own name, with a window of 8 tokens
 k-quants.gguf        a Qwen2 whose matrices are random blocks of the types of 256 values, which no package writes
-*.io.safetensors     token ids and logits by transformers in f64 for the dequantised weights of each of the three
+*.io.safetensors     token ids and logits by transformers in f64 for the dequantised weights of each of the four
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 HERE = Path(__file__).parent
 SIZES = dict(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -103,6 +104,8 @@ def write(name, model, types, permute, rope_factors=None, make=lambda values, ki
     writer.add_token_list(["<unk>", "<s>", "</s>"])
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
+    if config.model_type == "mistral":
+        writer.add_sliding_window(config.sliding_window)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", np.array(rope_factors, dtype=np.float32))
     count = 0
@@ -157,3 +160,5 @@ if __name__ == "__main__":
     random = np.random.default_rng(1)
     write("k-quants.gguf", fresh(wide), [Type.Q6_K, Type.Q4_K, Type.Q5_K], False,
           make=lambda values, kind: random_blocks(random, values, kind))
+    mistral = fresh(MistralConfig(**SIZES, rope_theta=1e4, sliding_window=8, tie_word_embeddings=False))
+    write("mistral.gguf", mistral, [Type.Q8_0, Type.F16, Type.Q5_1], permute=True)

@@ -98,10 +98,11 @@ impl Keys<'_> {
 /// # Errors
 /// When a key is missing or makes no sense, or the decoder is one that h1 does not compute.
 pub(in crate::checkpoint) fn model_config(file: &GgufFile) -> Result<ModelConfig> {
-    const ARCHITECTURES: &str = "llama (of Llama and Mistral) or qwen2";
+    const ARCHITECTURES: &str = "llama, mistral or qwen2";
     let architecture = file.get_str(ARCHITECTURE)?;
     let family = match architecture {
         Some("llama") => Family::Llama,
+        Some("mistral") => Family::Mistral,
         Some("qwen2") => Family::Qwen2,
         other => return Err(file.wrong_value(ARCHITECTURE, other.unwrap_or("missing"), ARCHITECTURES)),
     };
@@ -127,7 +128,7 @@ pub(in crate::checkpoint) fn model_config(file: &GgufFile) -> Result<ModelConfig
     let embedding = file.tensors().tensor(EMBEDDING)?;
     let window = keys.maybe_size("attention.sliding_window")?.filter(|window| *window > 0);
     let config = ModelConfig {
-        // The two are one architecture to GGUF; what only a Mistral can have is a window.
+        // Most converters write a Mistral as a llama; what only a Mistral can have is a window.
         family: if family == Family::Llama && window.is_some() { Family::Mistral } else { family },
         vocab_size: embedding.shape.first().copied().unwrap_or(0),
         hidden_size,
