@@ -325,8 +325,8 @@ class Attention:
         return run
 
     def wgmma(self):
-        k = kernel("attention_wgmma.cu", "attention_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd)
-        rows, keys, slots = 192, 128 if self.hd == 64 else 80, 8
+        rows, keys, slots = 192, 128 if self.hd == 64 else 64 if self.page_size else 80, 8
+        k = kernel("attention_wgmma.cu", "attention_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd, KEYS_A_SLOT=keys)
         tiles = self.t // (rows // self.group) + len(self.lengths)
         together = max(1, min(self.kv, (32 << 20) // (self.kk.shape[0] * self.hd * 4)))
         self.counter = torch.zeros(1, dtype=torch.int32, device=DEV)

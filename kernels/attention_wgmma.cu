@@ -1,19 +1,18 @@
 // Causal grouped-query attention over segments on the H100's tensor cores, forward (attention.cu has the formula).
 //
-// A tile of queries has ROWS rows, query after query with the group's heads of each; tiles of KEYS keys are counted from
-// position 0. A block takes tiles of queries from `counter` until none is left, the longest first, in rounds of
+// A tile of queries has ROWS rows, query after query with the group's heads of each; tiles of KEYS_A_SLOT keys are counted
+// from position 0. A block takes tiles of queries from `counter` until none is left, the longest first, in rounds of
 // `heads_together` key heads, whose keys stay in the cache. A warp of its first warpgroup copies: the queries, then keys and
 // values into a ring of SLOTS tiles, from the last keys to the first. Each of the three others has 64 rows: it makes the softmax
 // while the tensor cores multiply the next keys and the values of the ones before, or what another one gave them.
 //
 // Shared memory: (ROWS + SLOTS·KEYS)·HEAD_DIM·2 + 1024 bytes. Registers: 128 at launch, no spills.
-// Macros: those of attention_wgmma.cuh. Source: Shah et al., arXiv:2407.08608.
+// Macros: those of attention_wgmma.cuh, KEYS_A_SLOT. Source: Shah et al., arXiv:2407.08608.
 #include "attention_wgmma.cuh"
 
 #define CONSUMERS 3
 #define ROWS (64 * CONSUMERS)
 #define THREADS (WARPGROUP * (CONSUMERS + 1))
-#define KEYS_A_SLOT (HEAD_DIM == 64 ? 128 : 80)
 #define SLOTS 8
 #define SLOT_BYTES (KEYS_A_SLOT * HEAD_DIM * 2)
 
@@ -79,25 +78,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             if (done) return;
             __syncwarp();
-            // Keys before the values of the tile before. A lane copies `box_rows` keys, which are one after the other.
+            // Keys before the values of the tile before. A lane copies `box_rows` keys, which are one after the other; where
+            // they lie is looked up once for keys and values.
+            unsigned of_tile = 0, of_tile_before = 0;
 #pragma unroll 1
             for (int step = 0, steps; step < (steps = 2 * (known.to_tile - known.from_tile + 1)); ++step, at.next()) {
                 bool values = step > 0 && (step % 2 == 0 || step == steps - 1);
-                unsigned row = (known.to_tile - (values ? (step - 1) / 2 : (step + 1) / 2)) * KEYS_A_SLOT + lane * box_rows;
-                if (pages) {
-                    // Of a page that is not there: a row behind the last, so that all are 0.
-                    unsigned page = row / page_size, there = page_count;
-                    row -= page * page_size;
-                    if (known.slot < slots && page < pages_a_slot) there = pages[known.slot * pages_a_slot + page];
-                    row = there < page_count ? there * page_size + row : key_rows;
-                } else {
-                    row += known.keys;
+                if (!values) {
+                    of_tile_before = of_tile;
+                    of_tile = (known.to_tile - (step + 1) / 2) * KEYS_A_SLOT + lane * box_rows;
+                    if (pages) {
+                        // Of a page that is not there: a row behind the last, so that all are 0.
+                        unsigned page = of_tile / page_size, there = page_count;
+                        of_tile -= page * page_size;
+                        if (known.slot < slots && page < pages_a_slot) there = pages[known.slot * pages_a_slot + page];
+                        of_tile = there < page_count ? there * page_size + of_tile : key_rows;
+                    } else {
+                        of_tile += known.keys;
+                    }
                 }
                 barrier_wait(empty + 8 * at.slot, at.parity ^ 1);
                 if (lane == 0) barrier_expect(full + 8 * at.slot, SLOT_BYTES);
                 __syncwarp();
                 if (lane * box_rows < KEYS_A_SLOT)
-                    copy_tile<KEYS_A_SLOT>(ring + at.slot * SLOT_BYTES + lane * box_rows * ROW_BYTES, values ? v : k, known.kv_head, row, full + 8 * at.slot);
+                    copy_tile<KEYS_A_SLOT>(ring + at.slot * SLOT_BYTES + lane * box_rows * ROW_BYTES, values ? v : k, known.kv_head,
+                                           values && step < steps - 1 ? of_tile_before : of_tile, full + 8 * at.slot);
             }
         }
     }

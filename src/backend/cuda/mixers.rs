@@ -54,14 +54,16 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
         all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT"], *of, &[]));
         let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
         all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &[]));
-        for head_dim in [64, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
+        for size in [64, 128] {
+            let head_dim = ("HEAD_DIM", Value::Number(size as u32));
             for (warps, tiles) in [(4, 2), (1, 1)] {
                 let more = [head_dim, ("WARPS", Value::Number(warps)), ("M_TILES", Value::Number(tiles))];
                 all.push(alike(&source::ATTENTION_MMA, &["T_X"], *of, &more));
             }
             all.push(alike(&source::ATTENTION_BACKWARD_MMA, &["T_X"], *of, &[head_dim]));
             if capability == H100 {
-                all.push(alike(&source::ATTENTION_WGMMA, &["T_X"], *of, &[head_dim]));
+                let forward = [false, true].map(|paged| attention::forward_module(*of, size, paged));
+                all.extend(forward.into_iter().take(if size == 64 { 1 } else { 2 }));
                 all.push(alike(&source::ATTENTION_BACKWARD_WGMMA, &["T_X"], *of, &[head_dim]));
             }
         }

@@ -6,6 +6,7 @@ mod trust;
 mod wgmma;
 
 pub(in crate::backend::cuda) use trust::AGREES;
+pub(super) use wgmma::forward_module;
 
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace};
 use crate::backend::cuda::driver::{Arguments, Limits, Pointer, Shape};

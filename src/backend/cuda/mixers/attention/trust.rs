@@ -1,7 +1,7 @@
 //! The kernels for an H100 are trusted only after they agreed with those for all cards on that very card: a short check at
 //! first use, remembered beside their code.
 
-use super::{Backward, Forward, backward, forward, wgmma};
+use super::{Backward, Forward, Pages, backward, forward, wgmma};
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace};
 use crate::backend::cuda::driver::{Driver, Pointer, Region};
 use crate::backend::cuda::source::ModuleKey;
@@ -14,13 +14,15 @@ pub(in crate::backend::cuda) const AGREES: &[u8] = b"agrees";
 /// Tokens and past of the segments: several tiles of queries a block, more tiles of keys than a ring has slots.
 const SEGMENTS: [(usize, usize); 2] = [(130, 520), (40, 0)];
 const HEADS: usize = 3;
+/// Keys of a page, where they are in pages.
+const PAGE: usize = 64;
 /// The share of a row's length by which two 16-bit results may differ; a wrong layout gives about 1.
 const TOLERANCE: f32 = 0.04;
 
 /// Whether the kernels that this call would take gave what those for all cards give.
 pub(super) fn forward_agrees(c: &mut Call, call: &Forward) -> bool {
-    let (dtype, head_dim) = (call.q.dtype, call.shape.head_dim);
-    agrees(c, wgmma::forward_module(call.q.of(), head_dim), |c| check_forward(c, dtype, head_dim))
+    let (dtype, head_dim, paged) = (call.q.dtype, call.shape.head_dim, call.pages.is_some());
+    agrees(c, wgmma::forward_module(call.q.of(), head_dim, paged), |c| check_forward(c, dtype, head_dim, paged))
 }
 
 /// As [`forward_agrees`], for the gradients.
@@ -93,6 +95,21 @@ impl Memory<'_> {
         Ok(SegmentsPlace { table: place.start, capacity: SEGMENTS.len() })
     }
 
+    /// Pages for the keys of the segments, none where it would be if they were one after the other; and how many there are.
+    fn pages(&mut self) -> Result<(Pages, usize)> {
+        let counts = SEGMENTS.map(|(len, past)| (len + past).div_ceil(PAGE));
+        let (all, a_slot) = (counts.iter().sum(), counts.into_iter().max().unwrap_or(0));
+        let mut table = Vec::new();
+        let mut free = (0..all as u32).rev();
+        for count in counts {
+            table.extend(free.by_ref().take(count));
+            table.resize(table.len() + a_slot - count, u32::MAX);
+        }
+        let place = self.place(DType::U32, SEGMENTS.len(), a_slot)?;
+        self.driver.upload(&table.iter().flat_map(|page| page.to_ne_bytes()).collect::<Vec<_>>(), place.region())?;
+        Ok((Pages { table: place.start, slots: SEGMENTS.len(), a_slot, page_size: PAGE }, all))
+    }
+
     /// Whether two matrices differ, row by row.
     fn differ(&self, [a, b]: [&Place; 2]) -> Result<bool> {
         let read = |place: &Place| -> Result<Vec<f32>> {
@@ -140,15 +157,17 @@ fn shape(head_dim: usize) -> ops::AttentionShape {
 }
 
 /// A forward call on numbers of its own, and its log-sum-exp.
-fn forward_call(memory: &mut Memory, dtype: DType, head_dim: usize) -> Result<(Forward, Place)> {
+fn forward_call(memory: &mut Memory, dtype: DType, head_dim: usize, paged: bool) -> Result<(Forward, Place)> {
     let (tokens, keys) = SEGMENTS.iter().fold((0, 0), |(tokens, keys), (len, past)| (tokens + len, keys + len + past));
+    let pages = paged.then(|| memory.pages()).transpose()?;
+    let keys = pages.map_or(keys, |(_, count)| count * PAGE);
     let lse = memory.place(DType::F32, tokens, HEADS)?;
     let call = Forward {
         shape: shape(head_dim),
         q: memory.numbers(dtype, tokens, HEADS * head_dim)?,
         k: memory.numbers(dtype, keys, head_dim)?,
         v: memory.numbers(dtype, keys, head_dim)?,
-        pages: None,
+        pages: pages.map(|(pages, _)| pages),
         segments: memory.segments()?,
         out: memory.place(dtype, tokens, HEADS * head_dim)?,
         lse: Some(lse),
@@ -157,9 +176,9 @@ fn forward_call(memory: &mut Memory, dtype: DType, head_dim: usize) -> Result<(F
 }
 
 /// The first output in which the two kernels differ.
-fn check_forward(c: &mut Call, dtype: DType, head_dim: usize) -> Result<Option<&'static str>> {
+fn check_forward(c: &mut Call, dtype: DType, head_dim: usize, paged: bool) -> Result<Option<&'static str>> {
     let mut memory = Memory { driver: c.driver, blocks: Vec::new(), seed: 1 };
-    let (mut call, lse) = forward_call(&mut memory, dtype, head_dim)?;
+    let (mut call, lse) = forward_call(&mut memory, dtype, head_dim, paged)?;
     forward(c, &call)?;
     let expected = [call.out, lse];
     let found = [memory.place(dtype, lse.rows, call.out.cols)?, memory.place(DType::F32, lse.rows, lse.cols)?];
@@ -171,7 +190,7 @@ fn check_forward(c: &mut Call, dtype: DType, head_dim: usize) -> Result<Option<&
 /// As [`check_forward`], for the gradients.
 fn check_backward(c: &mut Call, dtype: DType, head_dim: usize) -> Result<Option<&'static str>> {
     let mut memory = Memory { driver: c.driver, blocks: Vec::new(), seed: 2 };
-    let (done, lse) = forward_call(&mut memory, dtype, head_dim)?;
+    let (done, lse) = forward_call(&mut memory, dtype, head_dim, false)?;
     forward(c, &done)?;
     let Forward { shape, q, k, v, segments, out, .. } = done;
     let dout = memory.numbers(dtype, q.rows, q.cols)?;

@@ -20,9 +20,14 @@ const CACHED_BYTES: usize = 32 << 20;
 /// The counter from which blocks take their tiles.
 pub(super) const COUNTER_BYTES: usize = 256;
 
-/// Keys of a tile by the width of a head, KEYS_A_SLOT of `attention_wgmma.cu`.
-fn keys_a_slot(head_dim: usize) -> usize {
-    if head_dim == 64 { 128 } else { 80 }
+/// Keys of a tile by the width of a head, KEYS_A_SLOT of `attention_wgmma.cu`; of those in pages a number that one page or
+/// a few have.
+fn keys_a_slot(head_dim: usize, paged: bool) -> usize {
+    match (head_dim, paged) {
+        (64, _) => 128,
+        (_, true) => 64,
+        (_, false) => 80,
+    }
 }
 
 /// Of `attention_backward_wgmma.cu` by the width of a head: KEYS_A_SLOT, KEYS_A_BLOCK and STAGES.
@@ -31,8 +36,13 @@ fn backward_sizes(head_dim: usize) -> (usize, usize, usize) {
 }
 
 /// The module of the forward kernel.
-pub(super) fn forward_module(dtype: Value, head_dim: usize) -> ModuleKey {
-    ModuleKey::new(&source::ATTENTION_WGMMA, &defines(dtype, head_dim))
+pub(in crate::backend::cuda::mixers) fn forward_module(dtype: Value, head_dim: usize, paged: bool) -> ModuleKey {
+    ModuleKey::new(&source::ATTENTION_WGMMA, &forward_defines(dtype, head_dim, paged))
+}
+
+fn forward_defines(dtype: Value, head_dim: usize, paged: bool) -> [(&'static str, Value); 3] {
+    let [of_x, of_head] = defines(dtype, head_dim);
+    [of_x, of_head, ("KEYS_A_SLOT", Value::Number(keys_a_slot(head_dim, paged) as u32))]
 }
 
 /// The module of the backward kernels.
@@ -52,7 +62,7 @@ fn fits(c: &Call, q: &Place, k: &Place) -> bool {
 
 /// Keys of one copy: all of a tile, or so many that they lie in one page; whole groups of eight rows are copied.
 fn box_rows(call: &Forward) -> usize {
-    let keys = keys_a_slot(call.shape.head_dim);
+    let keys = keys_a_slot(call.shape.head_dim, call.pages.is_some());
     call.pages.map_or(keys, |pages| 1 << (pages.page_size | keys).trailing_zeros())
 }
 
@@ -85,7 +95,7 @@ fn boxes(c: &Call, place: &Place, head_dim: usize, box_heads: usize, box_rows: u
 
 pub(super) fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     let Forward { shape, q, k, v, segments, .. } = call;
-    let (head_dim, group, keys, box_rows) = (shape.head_dim, call.group(), keys_a_slot(shape.head_dim), box_rows(call));
+    let (head_dim, group, paged, box_rows) = (shape.head_dim, call.group(), call.pages.is_some(), box_rows(call));
     let queries = ROWS / group;
     let [counter] = c.scratch([COUNTER_BYTES])?;
     c.driver.clear(Region { start: counter, width: 4, rows: 1, pitch: 4 })?;
@@ -110,9 +120,10 @@ pub(super) fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     let arguments = arguments.int(c.int("tiles", tiles)?).int(c.int("heads", together)?).float(shape.scale);
     let arguments = arguments.size(window(shape)).pointer(counter).place(&call.out).maybe_place(call.lse);
     let grid = [all.min(c.int("multiprocessors", c.limits().multiprocessors)?), 1, 1];
-    let shared_bytes = ((ROWS + SLOTS * keys) * head_dim * 2 + BARRIER_BYTES) as u32;
+    let shared_bytes = ((ROWS + SLOTS * keys_a_slot(head_dim, paged)) * head_dim * 2 + BARRIER_BYTES) as u32;
     let blocks = Shape { grid, block: [2 * ROWS as u32 + 128, 1, 1], shared_bytes };
-    c.launch((&source::ATTENTION_WGMMA, "attention_wgmma"), &defines(q.of(), head_dim), blocks, &arguments)
+    let defines = forward_defines(q.of(), head_dim, paged);
+    c.launch((&source::ATTENTION_WGMMA, "attention_wgmma"), &defines, blocks, &arguments)
 }
 
 /// The gradients, once δ is made.
