@@ -1,24 +1,9 @@
-// The embedding and its gradient.
+// The embedding's gradient, dweight[ids[t]] += dout[t] in the order of the rows, in two launches. The embedding itself is
+// rows.cu's gather.
 //
-// embed: out[t] = weight[ids[t]]; an id outside of the vocabulary gives NaN.
-// embed_backward, in two launches: dweight[ids[t]] += dout[t] in the order of the rows.
 //   embed_links: for each row whether its id came before, and the next row with the same id.
 //   embed_backward: the first row of each id follows the links and sums, a thread a column.
 #include "h1.cuh"
-
-extern "C" __global__ void embed(const unsigned* ids, Rows<const T_W> weight, long long vocabulary, Rows<T_OUT> out,
-                                 long long tokens, long long hidden) {
-    after_earlier();
-    bool wide = aligned(weight) && aligned(out);
-    EACH_EIGHT(t, c, tokens, hidden) {
-        float values[8];
-        bool there = ids[t] < vocabulary;
-        if (there) load_eight(values, weight.row(ids[t]) + c, hidden - c, wide);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] = there ? values[i] : NOT_A_NUMBER;
-        store_eight(out.row(t) + c, values, hidden - c, wide);
-    }
-}
 
 extern "C" __global__ void embed_links(const unsigned* ids, unsigned* first, unsigned* next, unsigned tokens) {
     after_earlier();

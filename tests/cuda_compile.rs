@@ -99,10 +99,14 @@ fn matrix_kernels_use_the_tensor_cores_and_the_copy_engine() {
                 let cubin = compile(&ModuleKey::new(source, defines), "sm_90a").unwrap().cubin;
                 kernels.iter().map(|kernel| opcodes(&cubin, kernel)).collect::<Vec<_>>()
             };
-            let forward = kernels(&source::ATTENTION_WGMMA, &defines, &["attention_wgmma"]);
+            let mut on_h100 = Vec::new();
+            for keys in if head_dim == 64 { &[128][..] } else { &[80, 64] } {
+                let more = [&defines[..], &[number("KEYS_A_SLOT", *keys)]].concat();
+                on_h100.extend(kernels(&source::ATTENTION_WGMMA, &more, &["attention_wgmma"]));
+            }
             let gradients = ["attention_dq_wgmma", "attention_dkv_wgmma"];
-            let backward = kernels(&source::ATTENTION_BACKWARD_WGMMA, &defines, &gradients);
-            for counts in forward.iter().chain(&backward) {
+            on_h100.extend(kernels(&source::ATTENTION_BACKWARD_WGMMA, &defines, &gradients));
+            for counts in &on_h100 {
                 let has = |opcode: &u16| counts.get(opcode).is_some_and(|&count| count > 0);
                 assert!(WARPGROUP.iter().all(has) && has(&BOX) && !has(&MATRIX), "{of} {head_dim}: {counts:x?}");
             }

@@ -108,7 +108,12 @@ pub(super) fn attend(
             for (rows, all) in [(k, all_k), (v, all_v)] {
                 device.page_write(&PageWrite { rows, segments, pages, page_size, out: all.view() })?;
             }
-            Keys::Pages { k: all_k.view(), v: all_v.view(), pages, page_size }
+            // Read where they are: in pages they are the same, unless these hold them with fewer bits.
+            if call.fresh && all_k.view().dtype == k.dtype {
+                Keys::Rows { k, v }
+            } else {
+                Keys::Pages { k: all_k.view(), v: all_v.view(), pages, page_size }
+            }
         }
     };
     let (out, lse) = (saved.heads.of(n)?, Some(saved.lse.of(n)?));

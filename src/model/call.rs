@@ -25,6 +25,9 @@ pub struct Call<'a> {
     pub segments: SegmentsView,
     /// Keys and states from earlier calls; without one every segment's past is 0.
     pub cache: Option<&'a Cache>,
+    /// Whether all keys are the call's own: no segment has a past. A step of decoding never counts as such, so that it is
+    /// always the same ops.
+    pub fresh: bool,
 }
 
 /// Where a gradient of a parameter goes; `None` for a frozen one.

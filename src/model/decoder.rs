@@ -104,6 +104,8 @@ pub struct Activations {
     segments: SegmentsBuffer,
     /// Tokens of the last call and its segments on the device.
     last: Option<(usize, SegmentsView)>,
+    /// Whether none of these has a past, though it is no step of decoding.
+    fresh: bool,
 }
 
 impl Activations {
@@ -135,6 +137,7 @@ impl Activations {
             ids: Column::new(device, DType::U32, tokens)?,
             segments: device.alloc_segments(segments, tokens)?,
             last: None,
+            fresh: false,
         })
     }
 
@@ -228,19 +231,21 @@ impl Model {
         self.check(ids, segments, cache.is_some())?;
         let segments_view = activations.segments.write(&self.device, segments)?;
         activations.last = Some((ids.len(), segments_view));
+        let list = segments.list();
+        activations.fresh = ids.len() > list.len() && list.iter().all(|segment| segment.past == 0);
         if let Some(cache) = cache {
             cache.prepare(&self.device, segments)?;
         }
         self.device.write(HostSlice::U32(ids), activations.ids.of(ids.len())?)
     }
 
-    /// The second half of [`Self::forward`]: launches alone, the same for every call of as many tokens.
+    /// The second half of [`Self::forward`]: launches alone, the same for every step of decoding as many sequences.
     ///
     /// # Errors
     /// When nothing was prepared, or the device fails.
     pub fn launch(&self, activations: &Activations, cache: Option<&Cache>, skip: Option<Skip>) -> Result<()> {
         let (device, (tokens, segments)) = (&self.device, activations.last()?);
-        let call = Call { device, tokens, segments, cache };
+        let call = Call { device, tokens, segments, cache, fresh: activations.fresh };
         let column = activations.ids.of(tokens)?;
         let weight = self.weights.view(self.ids.embed)?;
         device.embed(&Embed { ids: column, weight, out: activations.hidden[0].of(tokens)? })?;
@@ -266,7 +271,7 @@ impl Model {
     /// When the block is an identity or not everything was kept.
     pub fn mixer_output(&self, activations: &Activations, layer: usize, out: View) -> Result<()> {
         let (tokens, segments) = activations.last()?;
-        let call = Call { device: &self.device, tokens, segments, cache: None };
+        let call = Call { device: &self.device, tokens, segments, cache: None, fresh: activations.fresh };
         match self.ids.blocks.get(layer) {
             Some(Some(ids)) if activations.keep == Keep::Everything => {
                 block::project(&call, self.shared(), ids, activations.saved(layer), Out::assign(out))
@@ -283,7 +288,7 @@ impl Model {
     pub fn backward(&self, activations: &Activations, gradients: &Gradients) -> Result<()> {
         let device = &self.device;
         let (tokens, segments) = activations.last()?;
-        let call = Call { device, tokens, segments, cache: None };
+        let call = Call { device, tokens, segments, cache: None, fresh: activations.fresh };
         let (_, scratch) = activations.backward.as_ref().ok_or_else(|| kept_nothing("gradients"))?;
         let dx = activations.doutput()?;
         for (layer, ids) in self.ids.blocks.iter().enumerate().skip(gradients.stop_layer()).rev() {

@@ -162,7 +162,7 @@ impl<'a> Probe<'a> {
         let Some((tokens, segments)) = self.now else {
             return Err(Error::Argument { op: "probe", what: "no segments were given".into() });
         };
-        Ok(Call { device: self.model.device(), tokens, segments, cache: None })
+        Ok(Call { device: self.model.device(), tokens, segments, cache: None, fresh: true })
     }
 
     fn ids_of(&self, layer: usize) -> Result<&BlockIds> {

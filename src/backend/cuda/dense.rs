@@ -2,7 +2,7 @@
 
 use super::call::{Call, blocks, each, each_eight};
 use super::driver::{Arguments, Shape};
-use super::memory::{chunk_of_rows, column_totals};
+use super::memory::{chunk_of_rows, column_totals, gather_rows};
 use super::source;
 use crate::backend::{Largest, Result, ops};
 
@@ -18,17 +18,14 @@ pub(super) fn scratch_bytes(largest: &Largest) -> usize {
 
 pub(super) fn embed(c: &mut Call, op: &ops::Embed) -> Result<()> {
     let (ids, weight, out) = (c.ids("ids", op.ids)?, c.floats("weight", op.weight)?, c.floats("out", op.out)?);
-    let arguments = Arguments::new().pointer(ids.start).place(&weight).size(weight.rows).place(&out);
-    let arguments = arguments.size(out.rows).size(out.cols);
-    let defines = [("T_W", weight.of()), ("T_X", out.of()), ("T_OUT", out.of())];
-    c.launch((&source::EMBED, "embed"), &defines, each_eight(out.rows, out.cols), &arguments)
+    gather_rows(c, &weight, &ids, &out)
 }
 
 pub(super) fn embed_backward(c: &mut Call, op: &ops::EmbedBackward) -> Result<()> {
     let (ids, dout, dweight) = (c.ids("ids", op.ids)?, c.floats("dout", op.dout)?, c.f32("dweight", op.dweight)?);
     let tokens = c.int("tokens", dout.rows)?;
     let [first, next] = c.scratch([4 * dout.rows; 2])?;
-    let defines = [("T_W", dweight.of()), ("T_X", dout.of()), ("T_OUT", dout.of())];
+    let defines = [("T_X", dout.of())];
     let links = Arguments::new().pointer(ids.start).pointer(first).pointer(next).int(tokens);
     c.launch((&source::EMBED, "embed_links"), &defines, blocks(dout.rows.div_ceil(256), 256), &links)?;
     let arguments = Arguments::new().pointer(ids.start).pointer(first).pointer(next).place(&dout).place(&dweight);

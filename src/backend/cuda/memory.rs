@@ -51,7 +51,12 @@ pub(super) fn cast(c: &mut Call, src: &Place, out: &Place, add: bool) -> Result<
 
 pub(super) fn gather(c: &mut Call, op: &ops::Gather) -> Result<()> {
     let (src, rows, out) = (c.floats("src", op.src)?, c.ids("rows", op.rows)?, c.floats("out", op.out)?);
-    let arguments = Arguments::new().place(&src).size(src.rows).pointer(rows.start).place(&out);
+    gather_rows(c, &src, &rows, &out)
+}
+
+/// `out[i] = src[rows[i]]`, NaN for a row that is not there.
+pub(super) fn gather_rows(c: &mut Call, src: &Place, rows: &Place, out: &Place) -> Result<()> {
+    let arguments = Arguments::new().place(src).size(src.rows).pointer(rows.start).place(out);
     let arguments = arguments.size(out.rows).size(out.cols);
     let defines = [("T_X", src.of()), ("T_OUT", out.of())];
     c.launch((&source::ROWS, "gather"), &defines, each_eight(out.rows, out.cols), &arguments)

@@ -19,11 +19,6 @@ pub(super) fn typed(source: &'static Source, names: &[&'static str]) -> Vec<Modu
     all.into_iter().map(|defines| ModuleKey::new(source, &defines)).collect()
 }
 
-fn embed() -> impl Iterator<Item = ModuleKey> {
-    let of = |weight, x| ModuleKey::new(&source::EMBED, &[("T_W", weight), ("T_X", x), ("T_OUT", x)]);
-    TYPES.into_iter().flat_map(move |weight| TYPES.map(|x| of(weight, x)))
-}
-
 fn gemv() -> impl Iterator<Item = ModuleKey> {
     let wide = |module: &ModuleKey| module.text().contains("T_X float") || module.text().contains("T_W float");
     typed(&source::GEMV, &["T_X", "T_W", "T_OUT"]).into_iter().flat_map(move |module| {
@@ -34,8 +29,9 @@ fn gemv() -> impl Iterator<Item = ModuleKey> {
 
 /// All of them, on a card of an architecture.
 pub fn all(capability: (u32, u32)) -> Vec<ModuleKey> {
-    let mut all: Vec<ModuleKey> = embed().chain(gemv()).collect();
-    let files: [(&Source, &[&[&str]]); 11] = [
+    let mut all: Vec<ModuleKey> = gemv().collect();
+    let files: [(&Source, &[&[&str]]); 12] = [
+        (&source::EMBED, &[&["T_X"]]),
         (&source::RMS_NORM, &[&["T_X", "T_W", "T_OUT"]]),
         (&source::COLUMNS, &[&[], &["T_X"]]),
         (&source::SWIGLU, &[&["T_X"]]),
