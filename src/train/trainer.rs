@@ -396,14 +396,10 @@ impl Trainer {
         seconds.teacher += clock.lap()?;
         model.forward(activations, &batch.ids, segments, None, None)?;
         seconds.forward += clock.lap()?;
-        let targets = Targets {
-            rows: &self.rows,
-            labels: &self.labels,
-            weights: &self.weights,
-            teacher: teacher.as_ref().zip(outputs).map(|(teacher, view)| (&**teacher.model(), view)),
-        };
-        let stream = (activations.output()?, activations.doutput()?);
-        head.run(model, stream.0, &targets, self.options.loss, Some((gradients, stream.1)))?;
+        let targets = Targets { rows: &self.rows, labels: &self.labels, weights: &self.weights };
+        let (stream, dstream) = (activations.output()?, activations.doutput()?);
+        let teacher = teacher.as_ref().zip(outputs).map(|(teacher, view)| (&**teacher.model(), view));
+        head.run(model, stream, &targets, teacher, self.options.loss, Some((gradients, dstream)))?;
         seconds.head += clock.lap()?;
         model.backward(activations, gradients)?;
         seconds.backward += clock.lap()?;
