@@ -169,9 +169,9 @@ fn gradients_of_qwen2_are_those_of_torch() {
             let head = LossHead::new(&model, None, rows.len(), false).unwrap();
             let segments = Segments::documents([length, length]).unwrap();
             model.forward(&mut activations, &ids.values, &segments, None, None).unwrap();
-            let targets = Targets { rows: &rows, labels: &labels, weights: &weights, teacher: None };
+            let targets = Targets { rows: &rows, labels: &labels, weights: &weights };
             let into = Some((&gradients, activations.doutput().unwrap()));
-            head.run(&model, activations.output().unwrap(), &targets, kind, into).unwrap();
+            head.run(&model, activations.output().unwrap(), &targets, None, kind, into).unwrap();
             model.backward(&activations, &gradients).unwrap();
             for (id, parameter) in gradients.space().table().iter() {
                 let expected = values(&io, &format!("gradient.{}", parameter.spec.name));

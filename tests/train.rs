@@ -7,11 +7,12 @@ use std::sync::Arc;
 use h1::backend::cuda::emulated::{self, Emulation};
 use h1::backend::ops::{LossWeights, Scale, Scaling};
 use h1::backend::reference::Reference;
-use h1::backend::{self, DType, Device, View, cpu};
+use h1::backend::{self, DType, Device, Segments, View, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
 use h1::model::head::LossKind;
 use h1::model::parameters::Space;
+use h1::model::{Activations, FinalNorm, Gradients, Keep, LossHead, Targets};
 use h1::text::packing::{Batch, NO_LABEL, Segment};
 use h1::train::group::Group;
 use h1::train::optimizer::{AdamWOptions, Kept, Trained};
@@ -25,6 +26,12 @@ const ROOM: Room = Room { tokens: 32, segments: 2 };
 
 fn devices() -> Vec<Device> {
     vec![Device::new(Reference::new()), cpu::device(None).unwrap()]
+}
+
+/// A device that records.
+fn emulated_card() -> Device {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
+    emulated::device(Emulation { folder, order: 0, capability: (9, 0), sanitize: false }).unwrap()
 }
 
 fn goldens() -> PathBuf {
@@ -161,8 +168,7 @@ fn three_steps_of_all_tensors_and_of_the_mixers_are_the_goldens() {
 /// Weights, activations and their gradients in 16 bits, masters, sums and losses in f32.
 #[test]
 fn steps_in_bf16_on_a_card_are_near_the_goldens() {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
-    let device = emulated::device(Emulation { folder, order: 0, capability: (9, 0), sanitize: false }).unwrap();
+    let device = emulated_card();
     let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(&device, folder, DType::Bf16));
     assert_eq!((student.activations(), student.gradients()), (DType::Bf16, DType::Bf16));
     let teacher = Teacher::live(Arc::new(teacher));
@@ -179,15 +185,104 @@ fn steps_in_bf16_on_a_card_are_near_the_goldens() {
     }
 }
 
+/// The batches one after the other as one.
+fn joined(batches: &[Batch]) -> Batch {
+    let mut all = Batch::default();
+    for batch in batches {
+        let start = all.tokens();
+        all.segments.extend(batch.segments.iter().map(|segment| Segment { start: start + segment.start, ..*segment }));
+        all.ids.extend(&batch.ids);
+        all.labels.extend(&batch.labels);
+        all.counted.extend(&batch.counted);
+    }
+    all
+}
+
+/// Of two shapes by turns, the second of more segments than planned.
+#[test]
+fn steps_that_are_recorded_give_the_bits_of_steps_that_are_not() {
+    let (device, batches) = (emulated_card(), batches("train-all"));
+    let (small, large) = (|at: usize| batches[at].clone(), joined(&batches));
+    let steps = [
+        vec![small(0)],
+        vec![small(1)],
+        vec![small(2)],
+        vec![large.clone()],
+        vec![small(0), large.clone()],
+        vec![large, small(1)],
+        vec![small(2)],
+    ];
+    let runs = [true, false].map(|recorded| {
+        let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(&device, folder, DType::Bf16));
+        let (teacher, room) = (Teacher::live(Arc::new(teacher)), Room { tokens: 96, segments: 2 });
+        let mut trainer = Trainer::new(student, Some(teacher), options(Trained::All), room).unwrap();
+        if !recorded {
+            trainer.time_parts();
+        }
+        let before = device.launches();
+        let mut reports: Vec<_> = steps.iter().filter_map(|batches| trainer.step(batches, 1e-3).unwrap()).collect();
+        reports.extend(trainer.finish().unwrap());
+        (device.launches() - before, reports, weights(&trainer))
+    });
+    let [recorded, called] = &runs;
+    assert_eq!(recorded.1, called.1);
+    assert!(recorded.2 == called.2, "weights differ");
+    // Of the nine micro-batches six: each shape is called, then recorded; the first one twice, as its memory is made anew.
+    assert!(4 * recorded.0 < 3 * called.0, "{} launches, {} without recordings", recorded.0, called.0);
+}
+
 #[test]
 fn gradients_of_the_first_step_are_the_goldens() {
-    for device in devices() {
-        let mut trainer = trainer(&device, options(Trained::All));
+    // The card fills a batch up to the room, and its rows with such as do not count.
+    for (device, tokens) in devices().into_iter().map(|device| (device, 32)).chain([(emulated_card(), 50)]) {
+        let teacher = Teacher::live(Arc::new(model(&device, "teacher-mistral", DType::F32)));
+        let student = model(&device, "mil-student", DType::F32);
+        let room = Room { tokens, ..ROOM };
+        let mut trainer = Trainer::new(student, Some(teacher), options(Trained::All), room).unwrap();
         trainer.step(&batches("train-all")[..1], 0.0).unwrap();
         let gradients: HashMap<_, _> = read(trainer.gradients().space(), &device).into_iter().collect();
         for (name, expected) in floats("train-all/grads_step1.safetensors") {
             close(&gradients[&name], &expected, 2e-6, &name);
         }
+    }
+}
+
+#[test]
+fn rows_of_weight_0_add_nothing_to_losses_and_gradients() {
+    let batch = &batches("train-all")[0];
+    let all: Vec<u32> = (0..32).collect();
+    let counts = |row: &u32| batch.counted[*row as usize];
+    let segments = Segments::documents([16, 16]).unwrap();
+    let kind = LossKind {
+        weights: LossWeights { reverse_kl: 0.5, forward_kl: 0.25, cross_entropy: 0.125 },
+        scaling: Scaling::default(),
+    };
+    for device in devices().into_iter().chain([emulated_card()]) {
+        let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(&device, folder, DType::F32));
+        let memory = |model| Activations::new(model, Keep::Everything, 32, 2).unwrap();
+        let (mut teachers, mut students) = (memory(&teacher), memory(&student));
+        teacher.forward(&mut teachers, &batch.ids, &segments, None, None).unwrap();
+        student.forward(&mut students, &batch.ids, &segments, None, None).unwrap();
+        let (norm, head) = (FinalNorm::new(&teacher, 32), LossHead::new(&student, Some(&teacher), 32, false));
+        let (norm, head) = (norm.unwrap(), head.unwrap());
+        let [with, without] = [true, false].map(|with| {
+            let rows: Vec<u32> = all.iter().copied().filter(|row| with || counts(row)).collect();
+            let labels: Vec<u32> = rows.iter().map(|row| if counts(row) { row % 5 } else { NO_LABEL }).collect();
+            let weights: Vec<f32> = rows.iter().map(|row| if counts(row) { 0.1 } else { 0.0 }).collect();
+            let targets = Targets { rows: &rows, labels: &labels, weights: &weights };
+            let gradients = Gradients::new(&device, student.weights().table(), |_| true).unwrap();
+            let normed = norm.forward(&teacher, teachers.output().unwrap(), &rows).unwrap();
+            let (stream, dstream) = (students.output().unwrap(), students.doutput().unwrap());
+            head.clear(&device).unwrap();
+            let into = Some((&gradients, dstream));
+            head.run(&student, stream, &targets, Some((&teacher, normed)), kind, into).unwrap();
+            student.backward(&students, &gradients).unwrap();
+            let totals = device.read(head.totals()).unwrap().wait().unwrap();
+            (rows.len(), totals, read(gradients.space(), &device))
+        });
+        assert!(with.0 > without.0 && without.1.iter().all(|total| *total != 0.0));
+        assert_eq!(with.1, without.1);
+        assert!(with.2 == without.2, "gradients differ on {}", device.info().name);
     }
 }
 

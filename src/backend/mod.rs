@@ -51,6 +51,9 @@ pub struct BackendInfo {
     pub chunk_values: usize,
     /// Whether a token's logits are the same bits however its sequence is cut into calls and whatever shares them.
     pub batch_invariant: bool,
+    /// Whether a [`Recording`] launches at once what it did before, so that calls of sizes that come again cost the host
+    /// little.
+    pub records: bool,
 }
 
 impl BackendInfo {

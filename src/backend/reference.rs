@@ -39,6 +39,7 @@ impl Reference {
             scan_chunk: usize::MAX,
             chunk_values: crate::backend::CHUNK_VALUES,
             batch_invariant: false,
+            records: false,
         };
         Reference { info, memory: Mutex::new(HostMemory::new("reference", WeightOrder::Rows)) }
     }

@@ -58,7 +58,7 @@ pub struct Report {
     pub student_parameters: u64,
     /// Seconds of a step.
     pub seconds: f64,
-    /// Where they went.
+    /// Where those of one more step went.
     pub parts: PartSeconds,
     /// Tokens over seconds.
     pub tokens_per_second: f64,
@@ -77,7 +77,7 @@ pub struct Report {
 }
 
 /// Distils `config` with random weights into itself with `step.mamba` Mamba layers, by reverse KL, AdamW of everything;
-/// `progress` hears of each step. Stretches of the matrix product lie between the steps, so that a change of the
+/// `progress` hears of each that counts. Stretches of the matrix product lie between the steps, so that a change of the
 /// machine's speed meets both.
 ///
 /// # Errors
@@ -88,28 +88,31 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
     }
     device.take_peak_bytes();
     let mut trainer = trainer(device, config, step)?;
-    trainer.time_parts();
     let batch = [batch(config.vocab_size, step.tokens)];
     let mut gemm = if card::on_processor(device) { Some(Gemm::new(GEMM, step.threads)?) } else { None };
     let mut gemm_gflops = match gemm {
         Some(_) => 0.0,
         None => card::limits(device, step.dtype, step.threads, STRETCH)?.gemm_gflops,
     };
-    let (mut seconds, mut parts) = (f64::INFINITY, PartSeconds::default());
-    for round in 0..=step.steps {
+    // The first touches all memory for the first time; on a device that records the second is recorded.
+    let warm = 1 + usize::from(device.info().records);
+    let mut seconds = f64::INFINITY;
+    for round in 0..warm + step.steps {
         if let Some(gemm) = &mut gemm {
             gemm_gflops = gemm_gflops.max(gemm.rate(STRETCH));
         }
         let start = Instant::now();
         trainer.step(&batch, 1e-5)?;
         trainer.finish()?;
-        let took = start.elapsed().as_secs_f64();
-        // The first touches all memory for the first time.
-        if round > 0 && took < seconds {
-            (seconds, parts) = (took, trainer.seconds());
+        if round >= warm {
+            seconds = seconds.min(start.elapsed().as_secs_f64());
+            progress();
         }
-        progress();
     }
+    // A step whose parts are waited for is not one recording: it is one more.
+    trainer.time_parts();
+    trainer.step(&batch, 1e-5)?;
+    trainer.finish()?;
     let student_parameters = trainer.model().config().parameter_count();
     let tokens_per_second = step.tokens as f64 / seconds;
     let floor = roofline::distillation(config, trainer.model().config(), step.tokens).flops / gemm_gflops / 1e9;
@@ -120,7 +123,7 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
         recompute: step.recompute,
         student_parameters,
         seconds,
-        parts,
+        parts: trainer.seconds(),
         tokens_per_second,
         gflops,
         gemm_gflops,

@@ -280,7 +280,7 @@ fn run_train(arguments: TrainArguments) -> anyhow::Result<()> {
         threads: arguments.device.threads(),
         dtype: arguments.device.dtype(),
     };
-    let bar = progress(step.steps + 1, "steps");
+    let bar = progress(step.steps, "steps");
     let report = train::measure(&device, &config, step, || bar.inc(1))?;
     bar.finish_and_clear();
     if arguments.json {

@@ -19,6 +19,7 @@ use crate::model::config::BlockKind;
 use crate::random;
 use crate::text::documents::Documents;
 use crate::text::packing::{Batch, Batches};
+use crate::train::filled_up;
 use crate::train::teacher::Teacher;
 use crate::train::trainer::Room;
 
@@ -150,7 +151,7 @@ impl<'a> Ground<'a> {
         };
         let steps: Vec<Vec<Batch>> =
             (0..mmr.steps).map(|_| (0..config.batch.accumulate.max(1)).map(|_| next()).collect()).collect();
-        let rows = steps.iter().flatten().map(|batch| batch.counted_tokens() as u64).sum();
+        let rows = steps.iter().flatten().map(|batch| filled_up(self.device, room, batch).1 as u64).sum();
         watcher.hear(Event::TeacherKept { bytes: Teacher::bytes(&self.teacher, rows) });
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         let teacher = Teacher::remembering(Arc::clone(&self.teacher), folder, rows)?;

@@ -149,12 +149,12 @@ impl<'a> Evaluator<'a> {
             None => None,
         };
         let weights = vec![0.0; rows.len()];
-        let targets = Targets { rows: &rows, labels: &labels, weights: &weights, teacher };
+        let targets = Targets { rows: &rows, labels: &labels, weights: &weights };
         let kind = LossKind {
             weights: LossWeights { reverse_kl: 0.0, forward_kl: 0.0, cross_entropy: 0.0 },
             scaling: Scaling::default(),
         };
-        self.head.run(self.model, self.activations.output()?, &targets, kind, None)?;
+        self.head.run(self.model, self.activations.output()?, &targets, teacher, kind, None)?;
 
         let losses = device.read(self.head.losses(rows.len())?)?.wait()?;
         for row in losses.chunks_exact(3) {

@@ -292,11 +292,10 @@ fn kl(student: &Model, teacher: &Model, batch: &FitBatch) -> f32 {
     let normed = norm.forward(teacher, teachers.output().unwrap(), &rows).unwrap();
     let head = LossHead::new(student, Some(teacher), n, false).unwrap();
     head.clear(device).unwrap();
-    let teacher = Some((teacher, normed));
-    let targets = Targets { rows: &rows, labels: &labels, weights: &weights, teacher };
+    let targets = Targets { rows: &rows, labels: &labels, weights: &weights };
     let weights = LossWeights { reverse_kl: 1.0, forward_kl: 0.0, cross_entropy: 0.0 };
     let kind = LossKind { weights, scaling: Scaling::default() };
-    head.run(student, students.output().unwrap(), &targets, kind, None).unwrap();
+    head.run(student, students.output().unwrap(), &targets, Some((teacher, normed)), kind, None).unwrap();
     device.read(head.totals()).unwrap().wait().unwrap()[0]
 }
 

@@ -131,9 +131,10 @@ pub struct Targets<'a> {
     pub labels: &'a [u32],
     /// The weight of each in the loss: 1 / divisor.
     pub weights: &'a [f32],
-    /// A teacher and its normed rows, `[rows, its hidden]`.
-    pub teacher: Option<(&'a Model, View)>,
 }
+
+/// A teacher and its normed hidden states of the rows that count, `[rows, its hidden]`.
+pub type TeacherRows<'a> = (&'a Model, View);
 
 /// What to compute of a loss.
 #[derive(Clone, Copy, Debug)]
@@ -231,7 +232,7 @@ impl LossHead {
     }
 
     /// The losses of the rows that count; with `gradients`, their gradient too: into the head, the last norm, and the
-    /// stream's gradient `dstream` (replaced).
+    /// stream's gradient `dstream` (replaced). A row of weight 0 adds nothing to totals and gradients.
     ///
     /// # Errors
     /// When there are more rows than it was made for, or the device fails.
@@ -240,19 +241,44 @@ impl LossHead {
         model: &Model,
         stream: View,
         targets: &Targets,
+        teacher: Option<TeacherRows>,
         kind: LossKind,
         gradients: Option<(&Gradients, View)>,
     ) -> Result<()> {
-        let (device, n) = (model.device(), targets.rows.len());
-        let normed = self.norm.forward(model, stream, targets.rows)?;
-        let (labels, weights) = (self.labels.of(n)?, self.weights.of(n)?);
-        device.write(HostSlice::U32(targets.labels), labels)?;
-        device.write(HostSlice::F32(targets.weights), weights)?;
+        self.prepare(model.device(), targets)?;
+        self.launch(model, (stream, targets.rows.len()), teacher, kind, gradients)
+    }
+
+    /// The first half of [`Self::run`]: writes what the rows that count are.
+    ///
+    /// # Errors
+    /// When there are more than it was made for.
+    pub fn prepare(&self, device: &Device, targets: &Targets) -> Result<()> {
+        let n = targets.rows.len();
+        self.norm.choose(device, targets.rows)?;
+        device.write(HostSlice::U32(targets.labels), self.labels.of(n)?)?;
+        device.write(HostSlice::F32(targets.weights), self.weights.of(n)?)
+    }
+
+    /// The second half: launches alone, for the `n` rows written last.
+    ///
+    /// # Errors
+    /// When there are more rows than it was made for, or the device fails.
+    pub fn launch(
+        &self,
+        model: &Model,
+        (stream, n): (View, usize),
+        teacher: Option<TeacherRows>,
+        kind: LossKind,
+        gradients: Option<(&Gradients, View)>,
+    ) -> Result<()> {
+        let normed = self.norm.launch(model, stream, n)?;
         for first in (0..n).step_by(self.chunk) {
             let rows = self.chunk.min(n - first);
-            self.chunk(model, targets, kind, gradients.map(|(gradients, _)| gradients), normed, (first, rows))?;
+            self.chunk(model, teacher, kind, gradients.map(|(gradients, _)| gradients), normed, (first, rows))?;
         }
-        device.weighted_sum(&WeightedSum { values: self.losses.of(n)?, weights, out: self.totals.view() })?;
+        let (values, weights) = (self.losses.of(n)?, self.weights.of(n)?);
+        model.device().weighted_sum(&WeightedSum { values, weights, out: self.totals.view() })?;
         match gradients {
             Some((gradients, dstream)) => {
                 self.norm.backward(model, gradients, (self.dnormed.of(n)?, self.dgathered.of(n)?), dstream)
@@ -264,7 +290,7 @@ impl LossHead {
     fn chunk(
         &self,
         model: &Model,
-        targets: &Targets,
+        teacher: Option<TeacherRows>,
         kind: LossKind,
         gradients: Option<&Gradients>,
         normed: View,
@@ -274,7 +300,7 @@ impl LossHead {
         let x = normed.row_range(first, rows)?;
         let (student, statistics) = (self.student.of(rows)?, self.statistics.of(rows)?);
         project(model, x, student)?;
-        let teacher = match (&self.teacher, targets.teacher) {
+        let teacher = match (&self.teacher, teacher) {
             (Some(logits), Some((teacher, normed))) => {
                 let logits = logits.of(rows)?;
                 project(teacher, normed.row_range(first, rows)?, logits)?;

@@ -21,7 +21,7 @@ pub use block::BlockSaved;
 pub use cache::Cache;
 pub use call::Skip;
 pub use decoder::{Activations, Keep, Model};
-pub use head::{FinalNorm, Logits, LossHead, LossKind, Targets};
+pub use head::{FinalNorm, Logits, LossHead, LossKind, Targets, TeacherRows};
 pub use mamba::MambaSaved;
 pub use parameters::{Parameter, ParameterId, ParameterTable, Part, Space};
 pub use probe::Probe;

@@ -5,7 +5,9 @@ mod error;
 mod fresh;
 pub mod group;
 pub mod job;
+mod micro_batch;
 pub mod optimizer;
+mod recordings;
 pub mod run;
 pub mod schedule;
 pub mod session;
@@ -16,5 +18,6 @@ pub mod trainer;
 
 pub use error::{Error, Result};
 pub use fresh::fresh;
+pub(crate) use micro_batch::filled_up;
 pub use run::Run;
 pub use trainer::Trainer;

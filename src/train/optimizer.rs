@@ -144,21 +144,30 @@ impl AdamW {
         self.groups.iter().map(|group| gradients.space().range(group.part, &group.range))
     }
 
-    /// One update with learning rate `rate`; `step` counts from 1. In this order: the norm of all gradients, the factor
+    /// The first half of an update: writes its learning rate `rate`, and what follows from its number `step`, counted
+    /// from 1.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn prepare(&self, rate: f64, step: u64) -> Result<()> {
+        let correction = |beta: f64| (1.0 - beta.powf(step as f64)) as f32;
+        let [correction1, correction2] = self.options.betas.map(correction);
+        let mut numbers = [0.0; CONTROL];
+        numbers[Control::LearningRate as usize] = rate as f32;
+        numbers[Control::Correction1 as usize] = correction1;
+        numbers[Control::Correction2 as usize] = correction2;
+        self.device.write(HostSlice::F32(&numbers), self.control.view())
+    }
+
+    /// The second half: launches alone, the same at every step. In this order: the norm of all gradients, the factor
     /// `min(1, max_norm / (norm + 1e-6))`, decay, the update with its bias corrections. A norm that is not finite
     /// leaves weights and moments as they are.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn step(&self, weights: &Space, gradients: &Gradients, rate: f64, step: u64) -> Result<()> {
+    pub fn launch(&self, weights: &Space, gradients: &Gradients) -> Result<()> {
         let AdamWOptions { betas: [beta1, beta2], eps, weight_decay, max_norm, .. } = self.options;
         let (device, control, squared_norm) = (&self.device, self.control.view(), self.squared_norm.view());
-        let correction = |beta: f64| (1.0 - beta.powf(step as f64)) as f32;
-        let mut numbers = [0.0; CONTROL];
-        numbers[Control::LearningRate as usize] = rate as f32;
-        numbers[Control::Correction1 as usize] = correction(beta1);
-        numbers[Control::Correction2 as usize] = correction(beta2);
-        device.write(HostSlice::F32(&numbers), control)?;
         device.fill(&Fill { value: 0.0, out: squared_norm })?;
         for group in &self.groups {
             let x = gradients.space().range(group.part, &group.range)?;

@@ -10,7 +10,7 @@ use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
 use super::error::{Error, Result};
-use crate::backend::{Buffer, HostSlice, Segments, View};
+use crate::backend::{self, Buffer, HostSlice, Segments, View};
 use crate::model::decoder::{Activations, Keep, Model};
 use crate::model::head::FinalNorm;
 
@@ -18,18 +18,17 @@ use crate::model::head::FinalNorm;
 #[derive(Debug)]
 pub struct Teacher {
     model: Arc<Model>,
-    activations: Option<Activations>,
-    norm: Option<FinalNorm>,
+    memory: Option<(Activations, FinalNorm)>,
     remembered: Option<Remembered>,
 }
 
 impl Teacher {
     /// A teacher that runs at every step.
     pub fn live(model: Arc<Model>) -> Self {
-        Teacher { model, activations: None, norm: None, remembered: None }
+        Teacher { model, memory: None, remembered: None }
     }
 
-    /// A teacher that runs once for each batch: its outputs for up to `rows` counted rows are kept in a file without a
+    /// A teacher that runs once for each batch: its outputs for up to `rows` rows of the head are kept in a file without a
     /// name in `folder`, and batches that come again read them there. The bits are the same as without.
     ///
     /// # Errors
@@ -39,7 +38,7 @@ impl Teacher {
         Ok(Teacher { remembered: Some(remembered), ..Self::live(model) })
     }
 
-    /// Bytes on the disk of the outputs for `rows` counted rows of a teacher.
+    /// Bytes on the disk of the outputs for `rows` rows of a teacher.
     pub fn bytes(model: &Model, rows: u64) -> u64 {
         rows * model.config().hidden_size as u64 * 4
     }
@@ -51,9 +50,9 @@ impl Teacher {
 
     /// Makes the memory for calls of up to `tokens` rows in up to `segments` segments.
     pub(super) fn reserve(&mut self, tokens: usize, segments: usize) -> Result<()> {
-        self.activations = None;
-        self.activations = Some(Activations::new(&self.model, Keep::Nothing, tokens, segments)?);
-        self.norm = Some(FinalNorm::new(&self.model, tokens)?);
+        self.memory = None;
+        let activations = Activations::new(&self.model, Keep::Nothing, tokens, segments)?;
+        self.memory = Some((activations, FinalNorm::new(&self.model, tokens)?));
         if let Some(remembered) = &mut self.remembered {
             let hidden = self.model.config().hidden_size;
             remembered.upload = Some(self.model.device().alloc(self.model.activations(), tokens, hidden)?);
@@ -61,8 +60,9 @@ impl Teacher {
         Ok(())
     }
 
-    /// The normed hidden states of the rows `chosen`, `[chosen, hidden]` as its activations are.
-    pub(super) fn outputs(&mut self, ids: &[u32], segments: &Segments, chosen: &[u32]) -> Result<View> {
+    /// Writes what its outputs for the rows `chosen` are computed from, for [`Self::launch`] to compute them; a teacher
+    /// that remembers gives them now, from the disk or on their way to it.
+    pub(super) fn prepare(&mut self, ids: &[u32], segments: &Segments, chosen: &[u32]) -> Result<Option<View>> {
         let device = self.model.device();
         let key = self.remembered.as_ref().map(|_| key(ids, segments, chosen));
         if let (Some(remembered), Some(key)) = (&self.remembered, &key)
@@ -71,19 +71,29 @@ impl Teacher {
         {
             let view = upload.rows(chosen.len())?;
             device.write(HostSlice::F32(values), view)?;
-            return Ok(view);
+            return Ok(Some(view));
         }
-        let (Some(activations), Some(norm)) = (&mut self.activations, &self.norm) else {
-            return Err(Error::Configuration("the teacher has no memory to run in".into()));
-        };
-        self.model.forward(activations, ids, segments, None, None)?;
-        let view = norm.forward(&self.model, activations.output()?, chosen)?;
-        if let (Some(remembered), Some(key)) = (&mut self.remembered, key)
+        if let Some((activations, norm)) = &mut self.memory {
+            self.model.prepare(activations, ids, segments, None)?;
+            norm.choose(device, chosen)?;
+        }
+        let Some(key) = key else { return Ok(None) };
+        let view = self.launch(chosen.len())?;
+        if let Some(remembered) = &mut self.remembered
             && remembered.has_room(view.len())
         {
-            remembered.keep(key, &device.read(view)?.wait()?)?;
+            remembered.keep(key, &self.model.device().read(view)?.wait()?)?;
         }
-        Ok(view)
+        Ok(Some(view))
+    }
+
+    /// The normed hidden states of the `n` rows chosen last, `[n, hidden]` as its activations are: launches alone.
+    pub(super) fn launch(&self, n: usize) -> backend::Result<View> {
+        let Some((activations, norm)) = &self.memory else {
+            return Err(backend::Error::Argument { op: "teacher", what: "it has no memory to run in".into() });
+        };
+        self.model.launch(activations, None, None)?;
+        norm.launch(&self.model, activations.output()?, n)
     }
 }
 

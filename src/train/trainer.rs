@@ -5,13 +5,15 @@ use std::time::Instant;
 
 use super::error::{Error, Result};
 use super::group::{Alone, Group};
+use super::micro_batch::{MicroBatch, filled_up};
 use super::optimizer::{AdamW, AdamWOptions, Trained};
+use super::recordings::{Recordings, Shape};
 use super::state::dtype_of;
 use super::teacher::Teacher;
 use crate::backend::ops::{Copy, LossWeights};
-use crate::backend::{Buffer, DType, Device, Out, Readback, Segments, View};
+use crate::backend::{self, Buffer, DType, Device, Out, Readback, Recording, View};
 use crate::model::decoder::{Activations, Keep, Model};
-use crate::model::head::{LossHead, LossKind, Targets};
+use crate::model::head::{LossHead, LossKind};
 use crate::model::parameters::Part;
 use crate::model::weights::Gradients;
 use crate::text::packing::{Batch, Segment};
@@ -47,7 +49,8 @@ pub struct TrainerOptions {
 /// The sizes of the largest micro-batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// Rows. It decides in how many chunks the head is computed, and so, in the last bits, the gradients.
+    /// Rows. It decides in how many chunks the head is computed, and up to what a device that records has micro-batches
+    /// filled, and so, in the last bits, the gradients.
     pub tokens: usize,
     /// Segments. A batch that has more is no error: memory for it is made then.
     pub segments: usize,
@@ -89,8 +92,7 @@ pub struct Progress {
     pub unfinite: u64,
 }
 
-/// Where the time of a step went, in seconds of the host: on a device that runs behind it, the time to launch unless the
-/// trainer waits for each part ([`Trainer::time_parts`]).
+/// Where the time of a step went, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct PartSeconds {
     /// The teacher's forward pass, up to its normed rows.
@@ -105,10 +107,10 @@ pub struct PartSeconds {
     pub optimizer: f64,
 }
 
-/// A clock of the parts of a step.
+/// A clock of the parts of a step, where they are timed.
 struct Laps<'a> {
     then: Instant,
-    /// A value whose reading waits for all that was launched before, where parts are to be waited for.
+    /// A value whose reading waits for all that was launched before.
     touch: Option<(&'a Device, View)>,
 }
 
@@ -118,10 +120,9 @@ impl<'a> Laps<'a> {
     }
 
     /// Seconds since the last lap.
-    fn lap(&mut self) -> Result<f64> {
-        if let Some((device, view)) = self.touch {
-            device.read(view)?.wait()?;
-        }
+    fn lap(&mut self) -> backend::Result<f64> {
+        let Some((device, view)) = self.touch else { return Ok(0.0) };
+        device.read(view)?.wait()?;
         let now = Instant::now();
         Ok(now.duration_since(std::mem::replace(&mut self.then, now)).as_secs_f64())
     }
@@ -149,12 +150,13 @@ pub struct Trainer {
     numbers: Buffer,
     progress: Progress,
     seconds: PartSeconds,
-    waits: bool,
+    /// Whether its parts are timed.
+    timed: bool,
     pending: Option<Pending>,
-    segments: Segments,
-    rows: Vec<u32>,
-    labels: Vec<u32>,
-    weights: Vec<f32>,
+    micro_batch: MicroBatch,
+    recordings: Recordings,
+    /// The optimiser's part of a step.
+    update: Recording,
 }
 
 impl std::fmt::Debug for Trainer {
@@ -183,14 +185,13 @@ impl Trainer {
             optimizer: AdamW::new(&model, &gradients, options.optimizer)?,
             head: LossHead::new(&model, teacher.as_ref().map(|teacher| &**teacher.model()), room.tokens, false)?,
             numbers: device.alloc(DType::F32, 1, 4)?,
-            rows: Vec::with_capacity(room.tokens),
-            labels: Vec::with_capacity(room.tokens),
-            weights: Vec::with_capacity(room.tokens),
-            segments: Segments::default(),
+            micro_batch: MicroBatch::new(room.tokens),
+            recordings: Recordings::default(),
+            update: device.recording(),
             activations: None,
             progress: Progress::default(),
             seconds: PartSeconds::default(),
-            waits: false,
+            timed: false,
             pending: None,
             model,
             teacher,
@@ -199,7 +200,8 @@ impl Trainer {
             room,
             gradients,
         };
-        trainer.reserve(room.segments)?;
+        // One more for what fills a micro-batch up.
+        trainer.reserve(room.segments + usize::from(device.info().records))?;
         Ok(trainer)
     }
 
@@ -215,6 +217,7 @@ impl Trainer {
         }
         // Masters are the weights that there are now.
         self.optimizer = AdamW::new(&self.model, &self.gradients, self.options.optimizer)?;
+        self.update = self.model.device().recording();
         Ok(())
     }
 
@@ -278,14 +281,15 @@ impl Trainer {
         self.progress
     }
 
-    /// Where the time of the last step went.
+    /// Where the time of the last step went, if its parts are timed ([`Self::time_parts`]).
     pub fn seconds(&self) -> PartSeconds {
         self.seconds
     }
 
     /// From now on waits for the device after each part of a step, so that [`Self::seconds`] says where its time went.
+    /// Its micro-batches are not recorded.
     pub fn time_parts(&mut self) {
-        self.waits = true;
+        self.timed = true;
     }
 
     /// Gives the model and the teacher back; what was not yet read of the last step is lost.
@@ -315,7 +319,7 @@ impl Trainer {
             Divisor::Counted => counted,
             Divisor::All => tokens,
         };
-        let touch = self.waits.then(|| (&device, self.numbers.view()));
+        let touch = self.timed.then(|| (&device, self.numbers.view()));
         let mut clock = Laps::new(touch);
         self.seconds = PartSeconds::default();
         self.optimizer.clear(&self.gradients)?;
@@ -330,11 +334,14 @@ impl Trainer {
             self.group.sum(&device, gradients?)?;
         }
         self.group.sum(&device, self.head.totals())?;
-        self.optimizer.step(self.model.weights(), &self.gradients, rate, self.progress.step)?;
-        self.seconds.optimizer += clock.lap()?;
+        self.optimizer.prepare(rate, self.progress.step)?;
         let numbers = self.numbers.view();
-        device.copy(&Copy { src: self.head.totals(), out: Out::assign(numbers.col_range(0, 3)?) })?;
-        device.copy(&Copy { src: self.optimizer.norm()?, out: Out::assign(numbers.col_range(3, 1)?) })?;
+        self.update.run(|| {
+            self.optimizer.launch(self.model.weights(), &self.gradients)?;
+            device.copy(&Copy { src: self.head.totals(), out: Out::assign(numbers.col_range(0, 3)?) })?;
+            device.copy(&Copy { src: self.optimizer.norm()?, out: Out::assign(numbers.col_range(3, 1)?) })
+        })?;
+        self.seconds.optimizer += clock.lap()?;
         let (step, losses) = (self.progress.step, [0.0; 3]);
         let report = StepReport { step, rate, loss: 0.0, losses, gradient_norm: 0.0, tokens, counted };
         let scale = if counted == 0 { 0.0 } else { divisor as f64 / counted as f64 };
@@ -373,40 +380,45 @@ impl Trainer {
             let what = format!("a batch of {} tokens; there is room for {}", batch.tokens(), self.room.tokens);
             return Err(Error::Configuration(what));
         }
-        if batch.segments.len() > self.room.segments {
-            self.reserve(batch.segments.len() + batch.segments.len() / 4)?;
+        let (tokens, rows) = filled_up(self.model.device(), self.room, batch);
+        self.micro_batch.fill(batch, (tokens, rows), weight)?;
+        let segments = self.micro_batch.segments.list().len();
+        if segments > self.room.segments {
+            self.reserve(segments + segments / 4)?;
         }
-        self.segments.clear();
-        for (slot, segment) in batch.segments.iter().enumerate() {
-            self.segments.push(segment.len, 0, slot)?;
-        }
-        self.rows.clear();
-        self.labels.clear();
-        for (row, (label, _)) in batch.labels.iter().zip(&batch.counted).enumerate().filter(|(_, (_, counts))| **counts)
-        {
-            self.rows.push(row as u32);
-            self.labels.push(*label);
-        }
-        self.weights.clear();
-        self.weights.resize(self.rows.len(), weight);
-        let Trainer { model, teacher, gradients, activations, head, segments, seconds, .. } = self;
-        let mut clock = Laps::new(self.waits.then(|| (model.device(), self.numbers.view())));
+        let Trainer { model, teacher, gradients, activations, head, micro_batch, recordings, seconds, .. } = self;
         let Some(activations) = activations else { return Ok(()) };
-        let outputs = teacher.as_mut().map(|teacher| teacher.outputs(&batch.ids, segments, &self.rows)).transpose()?;
-        seconds.teacher += clock.lap()?;
-        model.forward(activations, &batch.ids, segments, None, None)?;
-        seconds.forward += clock.lap()?;
-        let targets = Targets {
-            rows: &self.rows,
-            labels: &self.labels,
-            weights: &self.weights,
-            teacher: teacher.as_ref().zip(outputs).map(|(teacher, view)| (&**teacher.model(), view)),
+        let device = model.device();
+        let mut clock = Laps::new(self.timed.then(|| (device, self.numbers.view())));
+        // All that is written from the host comes first, so that the rest are launches alone.
+        let (MicroBatch { ids, segments, .. }, targets) = (&*micro_batch, micro_batch.targets());
+        let outputs = match teacher {
+            Some(teacher) => teacher.prepare(ids, segments, targets.rows)?,
+            None => None,
         };
-        let stream = (activations.output()?, activations.doutput()?);
-        head.run(model, stream.0, &targets, self.options.loss, Some((gradients, stream.1)))?;
-        seconds.head += clock.lap()?;
-        model.backward(activations, gradients)?;
-        seconds.backward += clock.lap()?;
+        model.prepare(activations, ids, segments, None)?;
+        head.prepare(device, &targets)?;
+        let (teacher, kind) = (teacher.as_ref(), self.options.loss);
+        let mut launch = || {
+            let teacher = match teacher {
+                Some(teacher) => Some((&**teacher.model(), outputs.map_or_else(|| teacher.launch(rows), Ok)?)),
+                None => None,
+            };
+            seconds.teacher += clock.lap()?;
+            model.launch(activations, None, None)?;
+            seconds.forward += clock.lap()?;
+            let (stream, dstream) = (activations.output()?, activations.doutput()?);
+            head.launch(model, (stream, rows), teacher, kind, Some((gradients, dstream)))?;
+            seconds.head += clock.lap()?;
+            model.backward(activations, gradients)?;
+            seconds.backward += clock.lap()?;
+            Ok(())
+        };
+        if self.timed {
+            launch()?;
+        } else {
+            recordings.run(device, Shape { tokens, rows, outputs }, launch)?;
+        }
         Ok(())
     }
 
@@ -414,6 +426,7 @@ impl Trainer {
     fn reserve(&mut self, segments: usize) -> Result<()> {
         let Room { tokens, .. } = self.room;
         let keep = if self.options.recompute { Keep::Inputs } else { Keep::Everything };
+        self.recordings.clear();
         // The old memory goes before the new comes.
         self.activations = None;
         self.activations = Some(Activations::new(&self.model, keep, tokens, segments)?);

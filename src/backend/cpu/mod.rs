@@ -89,6 +89,7 @@ pub fn device_with(threads: Option<NonZeroUsize>, simd: Simd) -> Result<Device> 
         scan_chunk: SCAN_CHUNK,
         chunk_values: crate::backend::CHUNK_VALUES,
         batch_invariant: true,
+        records: false,
     };
     Ok(Device::new(Cpu { info, simd, pool, state: Mutex::new(state) }))
 }

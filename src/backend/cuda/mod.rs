@@ -69,6 +69,7 @@ fn over(driver: Box<dyn Driver>) -> Device {
         scan_chunk: mixers::SCAN_CHUNK,
         chunk_values: (driver.limits().memory_bytes / 128).clamp(CHUNK_VALUES, 1 << 29),
         batch_invariant: false,
+        records: true,
     };
     Device::new(Cuda { info, driver, state: Mutex::default() })
 }

@@ -96,6 +96,7 @@ impl Adapter {
             scan_chunk: SCAN_CHUNK,
             chunk_values: crate::backend::CHUNK_VALUES,
             batch_invariant: options.batch_invariant,
+            records: false,
         };
         Ok((Device::new(Wgpu { info, gpu: Mutex::new(gpu) }), counters))
     }

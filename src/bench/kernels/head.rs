@@ -65,12 +65,11 @@ pub(super) fn loss(bench: &mut Bench<'_>) -> Result<()> {
     let head = LossHead::new(&model, Some(&model), tokens, false)?;
     let stored = device.alloc(trained_as(bench.activations()), tokens, hidden)?;
     let (stream, dstream) = (bench.values(tokens, hidden)?, stored);
-    let teacher = bench.values(tokens, hidden)?;
+    let normed = bench.values(tokens, hidden)?;
     let targets = Targets {
         rows: &(0..tokens as u32).collect::<Vec<_>>(),
         labels: &vec![u32::MAX; tokens],
         weights: &vec![1.0 / tokens as f32; tokens],
-        teacher: Some((&model, teacher.view())),
     };
     let kind = LossKind { weights: REVERSE_KL, scaling: Scaling::default() };
     let weight = hidden * vocabulary;
@@ -79,7 +78,8 @@ pub(super) fn loss(bench: &mut Bench<'_>) -> Result<()> {
         bytes: weight * (3 * bench.dtype.size() + 2 * DType::F32.size()),
     };
     bench.op(("linear with reverse KL", format!("{tokens}×{hidden}×{vocabulary}")), work, || {
-        head.run(&model, stream.view(), &targets, kind, Some((&gradients, dstream.view())))
+        let teacher = Some((&model, normed.view()));
+        head.run(&model, stream.view(), &targets, teacher, kind, Some((&gradients, dstream.view())))
     })
 }
 
