@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The runs of docs/gpu.md on one card, each with its command before its output.
-# Usage: benches/gpu.sh PART...    (right, example, small, kernels, step, decode, prompt)
-# H1 names the program; DIFFERENTIAL the compiled tests/differential, where it is not for cargo to find.
+# Usage: benches/gpu.sh PART...    (right, example, small, kernels, mixers, loss, step, decode, prompt, wgsl)
+# H1 names the program; DIFFERENTIAL and BURN the compiled tests/differential and benches/burn, where they are not for cargo
+# to find.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 h1=${H1:-h1}
@@ -36,6 +37,26 @@ small() {
 
 kernels() { run "$h1" bench kernels --backend cuda --shape apriel-15b --tokens 4096 --dtype bf16 --budget 200; }
 
+mixers() { run python3 benches/mixers.py kernels; }
+
+# Both heads with reverse KL beside PyTorch's.
+loss() {
+    run "$h1" bench kernels --backend cuda --shape apriel-15b --tokens 16384 --dtype bf16 --budget 1500 --only loss
+    run python3 benches/head.py
+}
+
+# WGSL through the card's Vulkan, by itself and beside burn's.
+wgsl() {
+    for dtype in f32 f16; do
+        run "$h1" bench kernels --backend wgpu --dtype "$dtype" --budget 60
+        if [ -n "${BURN:-}" ]; then
+            run "$BURN" --dtype "$dtype"
+        else
+            run cargo run --release --manifest-path benches/burn/Cargo.toml -- --dtype "$dtype"
+        fi
+    done
+}
+
 # The largest stack of the 15B's layers whose training fits 80 GB.
 step() {
     run "$h1" bench train --backend cuda --shape apriel-15b --layers 6 --tokens 4096 --dtype bf16 --steps 3
@@ -51,7 +72,7 @@ decode() {
 }
 
 prompt() {
-    for mamba in 0 30 40; do
+    for mamba in 0 25 30 34 40; do
         run "$h1" bench throughput --backend cuda --shape apriel-15b --dtype bf16 --mamba "$mamba" --prompt 16384 --new-tokens 8 \
             --call 16384 --repeats 2 | tail -n +5
     done
