@@ -93,11 +93,18 @@ extern "C" __global__ void rms_norm_backward(Rows<const T_X> x, const T_W* weigh
 extern "C" __global__ void rms_norm_dweight(Rows<const T_X> x, const float* inv_rms, Rows<const T_OUT> dout,
                                             float* partials, long long tokens, int hidden, int chunk) {
     after_earlier();
-    int c = blockIdx.y * blockDim.x + threadIdx.x;
-    if (c >= hidden) return;
+    bool wide = aligned(x) && aligned(dout) && hidden % 8 == 0;
     long long first = (long long)blockIdx.x * chunk, end = min(first + chunk, tokens);
-    float sum = 0;
-#pragma unroll 8
-    for (long long t = first; t < end; ++t) sum += load(dout.row(t) + c) * load(x.row(t) + c) * inv_rms[t];
-    partials[(long long)blockIdx.x * hidden + c] = sum;
+    for (int c = 8 * (blockIdx.y * blockDim.x + threadIdx.x); c < hidden; c += 8 * gridDim.y * blockDim.x) {
+        float sums[8] = {};
+#pragma unroll 4
+        for (long long t = first; t < end; ++t) {
+            float values[8], slopes[8], inv = inv_rms[t];
+            load_eight(values, x.row(t) + c, hidden - c, wide);
+            load_eight(slopes, dout.row(t) + c, hidden - c, wide);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[i] += slopes[i] * values[i] * inv;
+        }
+        store_eight(partials + (long long)blockIdx.x * hidden + c, sums, hidden - c, wide);
+    }
 }

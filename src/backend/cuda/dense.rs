@@ -61,7 +61,7 @@ pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Resu
     let [partials] = c.scratch([4 * chunks * x.cols])?;
     let arguments = Arguments::new().place(&x).pointer(inv_rms.start).place(&dout).pointer(partials);
     let arguments = arguments.size(x.rows).int(width).int(c.int("rows", chunk)?);
-    c.launch((&source::RMS_NORM, "rms_norm_dweight"), &defines, each(chunks, x.cols), &arguments)?;
+    c.launch((&source::RMS_NORM, "rms_norm_dweight"), &defines, each_eight(chunks, x.cols), &arguments)?;
     column_totals(c, partials, chunks, &dweight)
 }
 
