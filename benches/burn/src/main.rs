@@ -1,6 +1,6 @@
 //! Products and causal attention of h1's WGSL backend beside burn-wgpu's: one process, one adapter, one table.
 //!
-//! `cargo run --release -- [--dtype f32|f16] [--budget-ms N]`, from this folder. Nothing is read from disk, so the program runs
+//! `cargo run --release -- [--dtype f32|f16] [--budget-ms N] [--only TEXT]`, from this folder. Nothing is read from disk, so the program runs
 //! wherever it is copied to.
 //!
 //! - Both sides have the same values, in the layout that each stores them in: a linear weight is `[n, k]` here and `[k, n]` there,
@@ -11,6 +11,8 @@
 //!   next to nothing for waiting. A time is the median of the turns.
 //! - burn makes a call at once (no fusion), with the kernel that its autotuning takes, compiled through WGSL like ours. A second row of
 //!   attention has burn's attention in parts (product, mask, softmax, product), should that be faster than its own fused one.
+//! - burn's fused attention is tens of thousands of lines of WGSL: a software driver (lavapipe) compiles it for many minutes. There,
+//!   take `--only product` and `--only parts`.
 //!
 //! h1 takes the first real GPU, or the adapter whose name has `WGPU_ADAPTER_NAME`; burn takes what wgpu thinks fastest, or
 //! `CUBECL_WGPU_DEFAULT_DEVICE` (`Cpu`, `DiscreteGpu(0)`, …).
@@ -18,7 +20,7 @@
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use burn_tensor::ops::AttentionModuleOptions;
 use burn_tensor::{DType as Kind, Device as Burn, Tensor, TensorData, module};
 use clap::{Parser, ValueEnum};
@@ -47,6 +49,9 @@ struct Arguments {
     /// Milliseconds of calls that are timed of each side of a row.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=60_000))]
     budget_ms: u32,
+    /// Only the rows whose op has this in its name.
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    only: String,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -154,6 +159,7 @@ struct Bench {
     burn: Burn,
     storage: Storage,
     window: Duration,
+    only: String,
     table: Table,
     wrong: usize,
 }
@@ -225,10 +231,10 @@ impl Bench {
         let work = |name| Work { name, sizes: format!("{heads}×{tokens}×{head_dim}"), amount, unit: "GFLOP/s" };
         let ours = || Ok(device.attention(&op)?);
         let by_token = |out: Tensor<4>| out.swap_dims(1, 2).reshape([tokens, width]);
-        let fused = || module::attention(q.clone(), k.clone(), v.clone(), None, None, options);
-        self.row(work("causal attention"), (&ours, out.view()), &fused, by_token)?;
         let parts = || module::attention_fallback(q.clone(), k.clone(), v.clone(), None, None, options);
-        self.row(work("causal attention, burn's in parts"), (&ours, out.view()), &parts, by_token)
+        self.row(work("causal attention, burn's in parts"), (&ours, out.view()), &parts, by_token)?;
+        let fused = || module::attention(q.clone(), k.clone(), v.clone(), None, None, options);
+        self.row(work("causal attention"), (&ours, out.view()), &fused, by_token)
     }
 
     /// A row of the table: our call and what it writes, burn's call and how its result is laid out like ours.
@@ -239,7 +245,13 @@ impl Bench {
         burns: &dyn Fn() -> Tensor<D>,
         like_ours: impl Fn(Tensor<D>) -> Tensor<2>,
     ) -> Result<()> {
-        let burns_call = || Ok(drop(burns()));
+        if !work.name.contains(&self.only) {
+            return Ok(());
+        }
+        let burns_call = || {
+            burns();
+            Ok(())
+        };
         let ours = Side { call, wait: &|| Ok(self.clock.wait()?) };
         let theirs = Side { call: &burns_call, wait: &|| Ok(self.burn.sync()?) };
         let counts = (ours.warm_up(self.window)?, theirs.warm_up(self.window)?);
@@ -302,7 +314,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     ]);
     let window = Duration::from_millis(u64::from(arguments.budget_ms)) / ROUNDS;
     let clock = Clock::new(&device, window)?;
-    let mut bench = Bench { device, clock, burn, storage: Storage::F32, window, table, wrong: 0 };
+    let only = arguments.only.clone();
+    let mut bench = Bench { device, clock, burn, storage: Storage::F32, window, only, table, wrong: 0 };
     for storage in storages {
         bench.storage = storage;
         for sizes in PRODUCTS {
@@ -316,14 +329,16 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::try_parse().map_err(|error| {
-        // Help is asked for; a wrong argument is an error like others.
-        if !error.use_stderr() {
-            error.exit();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        // A wrong argument is an error like others; help is asked for.
+        Err(error) if error.use_stderr() => {
+            eprint!("{error}");
+            return ExitCode::FAILURE;
         }
-        anyhow!("{}", error.render().to_string().trim_start_matches("error: ").trim_end())
-    });
-    match arguments.and_then(|arguments| run(&arguments)) {
+        Err(help) => help.exit(),
+    };
+    match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
