@@ -7,6 +7,7 @@ use std::sync::Arc;
 use h1::backend::cuda::emulated::{self, Emulation};
 use h1::backend::ops::{LossWeights, Scale, Scaling};
 use h1::backend::reference::Reference;
+use h1::backend::select::{self, Name};
 use h1::backend::{self, DType, Device, Segments, View, cpu};
 use h1::model::config::ModelConfig;
 use h1::model::decoder::Model;
@@ -168,9 +169,23 @@ fn three_steps_of_all_tensors_and_of_the_mixers_are_the_goldens() {
 /// Weights, activations and their gradients in 16 bits, masters, sums and losses in f32.
 #[test]
 fn steps_in_bf16_on_a_card_are_near_the_goldens() {
-    let device = emulated_card();
-    let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(&device, folder, DType::Bf16));
-    assert_eq!((student.activations(), student.gradients()), (DType::Bf16, DType::Bf16));
+    let dtypes = (DType::Bf16, DType::Bf16);
+    steps_in_16_bits_are_near_the_goldens(&emulated_card(), dtypes);
+}
+
+/// Weights in 16 bits, and activations of a forward pass alone; f32 where there are gradients.
+#[test]
+fn steps_in_f16_on_wgpu_are_near_the_goldens() {
+    match select::open(Name::Wgpu, None) {
+        Ok(device) => steps_in_16_bits_are_near_the_goldens(&device, (DType::F16, DType::F32)),
+        Err(error) if std::env::var_os("CI").is_none() => println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn steps_in_16_bits_are_near_the_goldens(device: &Device, (dtype, gradients): (DType, DType)) {
+    let [teacher, student] = ["teacher-mistral", "mil-student"].map(|folder| model(device, folder, dtype));
+    assert_eq!((student.activations(), student.gradients()), (dtype, gradients));
     let teacher = Teacher::live(Arc::new(teacher));
     let mut trainer = Trainer::new(student, Some(teacher), options(Trained::All), ROOM).unwrap();
     let reports = run(&mut trainer, &whole("train-all"));

@@ -32,11 +32,15 @@ impl FinalNorm {
     /// # Errors
     /// When the device has no room.
     pub fn new(model: &Model, rows: usize) -> Result<Self> {
+        FinalNorm::stored_as(model.activations(), model, rows)
+    }
+
+    fn stored_as(dtype: DType, model: &Model, rows: usize) -> Result<Self> {
         let (device, hidden) = (model.device(), model.config().hidden_size);
         Ok(FinalNorm {
             chosen: Column::new(device, DType::U32, rows)?,
-            gathered: Rows::new(device, model.activations(), rows, hidden)?,
-            normed: Rows::new(device, model.activations(), rows, hidden)?,
+            gathered: Rows::new(device, dtype, rows, hidden)?,
+            normed: Rows::new(device, dtype, rows, hidden)?,
             inv_rms: Column::new(device, DType::F32, rows)?,
         })
     }
@@ -184,7 +188,7 @@ impl LossHead {
         device.reserve(&Largest { logits: chunk * config.vocab_size, tokens: rows, ..Largest::default() })?;
         Ok(LossHead {
             chunk,
-            norm: FinalNorm::new(model, rows)?,
+            norm: FinalNorm::stored_as(stored, model, rows)?,
             student: of(chunk, config.vocab_size)?,
             teacher: teacher.map(|_| of(chunk, config.vocab_size)).transpose()?,
             dlogits: (stored != DType::F32).then(|| gradient(chunk, config.vocab_size)).transpose()?,

@@ -22,7 +22,8 @@ pub struct Probe<'a> {
 }
 
 impl<'a> Probe<'a> {
-    /// Memory for calls of up to `tokens` rows in up to `segments` segments; nothing is kept for a backward.
+    /// Memory for calls of up to `tokens` rows in up to `segments` segments, stored as in training; nothing is kept for a
+    /// backward.
     ///
     /// # Errors
     /// When the device has no room.
@@ -40,7 +41,7 @@ impl<'a> Probe<'a> {
 
     fn with_memory(model: &'a Model, (tokens, segments): (usize, usize), training: bool) -> Result<Self> {
         let (device, config) = (model.device(), model.config());
-        let dtype = if training { model.gradients() } else { model.activations() };
+        let dtype = model.gradients();
         let room = Room { dtype, tokens, segments, training };
         let backward = || BlockScratch::new(device, config, room.dtype, tokens);
         device.reserve(&config.largest(tokens, segments))?;
