@@ -16,9 +16,13 @@ const MANY_TILES: usize = 128;
 const WORKGROUPS: usize = 256;
 /// Values of k that a workgroup sums at least, of split k.
 const LEAST_SPAN: usize = 64;
-/// Columns of each lane in `products_subgroup.wgsl`, and rows.
+/// Columns of each lane in `products_subgroup.wgsl`, and rows; and where columns are rows of a weight so many bytes apart
+/// that all fall into one set of the first cache, which has room for eight.
 const GROUPS: usize = 2;
 const ROWS: usize = 8;
+const ONE_SET_GROUPS: usize = 1;
+const ONE_SET_ROWS: usize = 16;
+const ONE_SET_BYTES: usize = 4096;
 
 /// `C = A·B (+ C) (+ bias)` as the shaders of products take it.
 #[derive(Clone, Copy)]
@@ -73,14 +77,16 @@ impl Product {
 
     /// By the kernel of adapters that are a CPU.
     fn by_subgroup(self, call: &mut Call, lanes: usize) -> Result<()> {
-        let rows = if self.c.rows == 1 && !self.a_transposed { 1 } else { ROWS.max(lanes) };
+        let one_set = self.b_transposed && (self.b.stride * self.b.dtype.size()).is_multiple_of(ONE_SET_BYTES);
+        let (rows, groups) = if one_set { (ONE_SET_ROWS, ONE_SET_GROUPS) } else { (ROWS, GROUPS) };
+        let rows = if self.c.rows == 1 && !self.a_transposed { 1 } else { rows.max(lanes) };
         let [bias, out] = self.bias_and_out();
         let kernel = self
             .kernel(&shaders::PRODUCTS_SUBGROUP, &[self.a.dtype, self.b.dtype, bias, out])
             .with("LANES", lanes as u32)
             .with("ROWS", rows as u32)
-            .with("GROUPS", GROUPS as u32);
-        let grid = [self.c.cols.div_ceil(lanes * GROUPS), self.c.rows.div_ceil(rows), 1];
+            .with("GROUPS", groups as u32);
+        let grid = [self.c.cols.div_ceil(lanes * groups), self.c.rows.div_ceil(rows), 1];
         self.run(call, kernel, self.k, grid)
     }
 
