@@ -22,7 +22,7 @@ right() {
 }
 
 example() {
-    for options in "cuda --dtype f32" "cuda --dtype bf16" "wgpu --dtype f32"; do
+    for options in "cuda --dtype f32" "cuda --dtype bf16" "wgpu --dtype f32" "wgpu --dtype f16"; do
         # shellcheck disable=SC2086
         run "$h1" distill examples/arithmetic.toml --out "$out/${options// /}" --backend $options | grep '^\$\|^stage-\|^teacher ' 
     done
