@@ -421,6 +421,52 @@ fn the_bundled_example_makes_sense() {
     example("arithmetic.toml").check().unwrap();
 }
 
+/// Loss and gradient norm of the bundled example's first steps on a backend, with a fit before them.
+fn first_steps(backend: &str) -> Result<Vec<[f64; 2]>, String> {
+    let out = tempfile::tempdir().unwrap();
+    let sets = [
+        "stages=[{layers=\"2,5\",tokens=6144}]",
+        "data.arithmetic.train=400",
+        "data.arithmetic.test=8",
+        "student.fit_tokens=1024",
+    ];
+    let output = Command::new(env!("CARGO_BIN_EXE_h1"))
+        .arg("distill")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/arithmetic.toml"))
+        .args(["--backend", backend, "--out"])
+        .arg(out.path().join("run"))
+        .args(sets.iter().flat_map(|set| ["--set", set]))
+        .output()
+        .unwrap();
+    if !output.status.success() {
+        return Err(String::from_utf8(output.stderr).unwrap());
+    }
+    let metrics = fs::read_to_string(out.path().join("run/metrics.jsonl")).unwrap();
+    let step = |line: &str| {
+        let step: serde_json::Value = serde_json::from_str(line).unwrap();
+        ["loss", "gradient_norm"].map(|key| step[key].as_f64().unwrap())
+    };
+    Ok(metrics.lines().map(step).collect())
+}
+
+#[test]
+fn the_first_steps_of_the_example_are_the_same_on_wgpu_and_cpu() {
+    let found = match first_steps("wgpu") {
+        Ok(found) => found,
+        // A machine without an adapter says so; in CI that is a failure.
+        Err(error) if error.contains("no adapter") && std::env::var_os("CI").is_none() => {
+            println!("skipped: {error}");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    let expected = first_steps("cpu").unwrap();
+    assert_eq!((found.len(), expected.len()), (3, 3));
+    for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+        assert!((found / expected - 1.0).abs() < 1e-4, "{found} on wgpu, {expected} on cpu");
+    }
+}
+
 #[test]
 fn a_ranking_resumes_layer_by_layer_and_takes_no_other_settings() {
     let case = Case::new(CONFIG);
