@@ -109,7 +109,9 @@ class Scan:
             k = kernel("selective_scan16.cu", "selective_scan16", **self.typed("T_U", "T_DELTA", "T_P", "T_OUT"))
             saved = [R(self.saved), L(self.rows)] if save else [Rows(0, 0), L(0)]
             a = self.inputs() + [Rows(0, 0), L(0)] + saved + [R(self.out), I(self.tiles)]
-            run = lambda: k((-(-self.tiles // 2), len(self.lengths)), (384,), 4 * (288 * 16 + 2 * 16 * 144 + 2 * 32 * 80) + 3 * 128 * 8 * 5 * self.u.element_size(), a)
+            half = 8 * 288 + 4 * 1312 + 4 * 640 + 16 * 160
+            scan16_bytes = 2 * (2 * half + 6 * 32 * 80) + 7 * 5 * 2 * 32 * 16 * 2
+            run = lambda: k((-(-self.tiles // 2), len(self.lengths)), (512,), scan16_bytes, a)
             run.info = k.info
             return run
         k = kernel("selective_scan.cu", "selective_scan", **self.defines)

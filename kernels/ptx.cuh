@@ -261,6 +261,18 @@ H1_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b
 #endif
 }
 
+// The same with a 16 × 4 and b 4 × 8: lane l has column l % 4 of rows l / 4 and l / 4 + 8 of a, and row l % 4 of column l / 4 of b.
+H1_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[2], float b) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(b)));
+#else
+    float of_a[4] = {a[0], a[1]}, of_b[2] = {b};
+    multiply_tf32(c, of_a, of_b);
+#endif
+}
+
 // To the nearest value that `multiply_tf32` counts, halves away from 0.
 H1_DEVICE float tf32_of(float value) { return __uint_as_float(__float_as_uint(value) + 0x1000u); }
 

@@ -2,7 +2,7 @@
 // channels and rows aligned such that 16 bytes are one load.
 //
 // A block has TILES neighbouring tiles (scan.cuh) of one segment, and threads of two roles for each, so that every quarter
-// of a multiprocessor has warps of either. The preparing threads, THREADS a tile, copy a tile's values to shared memory
+// of a multiprocessor has warps of either. The preparing threads copy a tile's values to shared memory
 // COMING chunks ahead, make of them what a step needs, and later finish and store what the stepping threads left; a
 // stepping thread runs a few states of one channel through time. Both work at once, on chunks of tokens that are one apart.
 //
@@ -18,16 +18,16 @@
 // Chunks whose values are on their way to shared memory.
 #define COMING 3
 
-// A thread's place where STEPPING threads of a tile step: whether it does, which of the block's tiles, and its number among
-// the tile's threads of its role.
-template <int STEPPING>
+// A thread's place where STEPPING threads of a tile step and PREPARING others prepare: whether it steps, which of the block's
+// tiles, and its number among the tile's threads of its role.
+template <int STEPPING, int PREPARING>
 struct Role {
     bool steps;
     int tile, thread;
 
     H1_DEVICE Role() {
         steps = threadIdx.x < TILES * STEPPING;
-        int number = threadIdx.x - (steps ? 0 : TILES * STEPPING), of_a_tile = steps ? STEPPING : THREADS;
+        int number = threadIdx.x - (steps ? 0 : TILES * STEPPING), of_a_tile = steps ? STEPPING : PREPARING;
         tile = number / of_a_tile;
         thread = number % of_a_tile;
     }
@@ -85,3 +85,6 @@ template <int N>
 H1_DEVICE Together<N>& at(unsigned char* place) {
     return *reinterpret_cast<Together<N>*>(place);
 }
+
+// The bits of a value that `bits` has.
+H1_DEVICE float masked(float value, unsigned bits) { return __uint_as_float(__float_as_uint(value) & bits); }

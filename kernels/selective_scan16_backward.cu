@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(2 * TILES * THREADS, 1)
     H1_DYNAMIC_SHARED(shared);
     Segment segment = segments[blockIdx.y];
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
-    Role<THREADS> role;
+    Role<THREADS, THREADS> role;
     int index = blockIdx.x * TILES + role.tile;
     bool there = index < tiles;
     Tile tile(there ? index : 0, run, per_b, per_c);

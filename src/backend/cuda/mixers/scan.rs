@@ -12,20 +12,21 @@ pub(in crate::backend::cuda) const SCAN_CHUNK: usize = 16;
 /// Tokens that are in shared memory at a time, STEPS of the kernels.
 const STEPS: usize = 32;
 /// Channels of a tile of the kernels for 16 states, tiles of a block, chunks that are on their way to shared memory, and
-/// the preparing threads of a block: TILE, TILES, COMING and TILES·THREADS there.
+/// the preparing threads of a block of its backward: TILE, TILES, COMING and TILES·THREADS there.
 const TILE16: usize = 16;
 const TILES16: usize = 2;
 const COMING: usize = 3;
 const PREPARING16: usize = 128;
+/// Bytes of shared memory that a block has beside what it is launched with.
+const RESERVED_BYTES: usize = 1024;
 
-/// Bytes of shared memory of a block of `selective_scan16`: its parts for two chunks, and the coming ones; `row` of a
-/// channel's values and `projected` of a value of B and C.
-fn scan16_bytes(row: usize, projected: usize) -> usize {
-    let a_chunk = 288 * STEPS / 2 + 2 * 144 * STEPS / 2 + 2 * 80 * STEPS;
-    2 * TILES16 * a_chunk + COMING * PREPARING16 * (STEPS / 4) * (row + 2 * projected)
+/// Bytes of shared memory of a block of `selective_scan16`: its parts, and the chunks whose values it holds.
+fn scan16_bytes() -> usize {
+    let half = 288 * STEPS / 4 + (1312 + 640) * STEPS / 8 + 160 * STEPS / 2;
+    TILES16 * (2 * half + 3 * 160 * STEPS) + (COMING + 4) * 5 * TILES16 * STEPS * TILE16 * 2
 }
 
-/// The same for its backward, with saved states.
+/// Bytes of shared memory of a block of its backward; `row` of a channel's values and `projected` of a value of B and C.
 fn scan16_backward_bytes(row: usize, projected: usize) -> usize {
     let a_chunk = 288 * (SCAN_CHUNK / 2 + SCAN_CHUNK / 4 + 3 * SCAN_CHUNK) + (2 * 144 + 2 * 528) * SCAN_CHUNK / 2;
     2 * TILES16 * a_chunk + COMING * PREPARING16 * ((SCAN_CHUNK / 4) * (row + 2 * projected) + 16)
@@ -183,15 +184,16 @@ impl Inputs {
         columns_of.into_iter().flatten().map(move |col| matrix.columns(col, 0))
     }
 
-    /// Whether the kernels for 16 states take these, of which `stored` have no more bits than sums of theirs count with.
-    fn in_sixteens(&self, inputs: &ops::ScanInputs, places: &[Place], stored: &Place) -> bool {
-        let short = |place: &Place| place.dtype.size() == 2;
-        self.tiles.d_state == 16
+    /// Whether the kernels for 16 states, in so many bytes of shared memory, take these, of which `stored` have no more
+    /// bits than sums of theirs count with.
+    fn in_sixteens(&self, c: &Call, op: &ops::ScanInputs, places: &[Place], stored: &Place, bytes: usize) -> bool {
+        let short = |place: &&Place| place.dtype.size() == 2;
+        bytes + RESERVED_BYTES <= c.limits().shared_bytes
+            && self.tiles.d_state == 16
             && self.tiles.run.is_multiple_of(TILE16)
-            && inputs.softplus
-            && inputs.z_col.is_some()
-            && short(&self.projected)
-            && short(stored)
+            && op.softplus
+            && op.z_col.is_some()
+            && [&self.u, &self.delta, &self.projected, stored].iter().all(short)
             && places.iter().all(|place| place.alignment() >= 16)
     }
 
@@ -251,17 +253,17 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
-    if inputs.in_sixteens(&op.inputs, &of_16, &out) {
+    if inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes()) {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
         let arguments = arguments.int(inputs.tiles.count as u32);
-        let shape = inputs.shape16(384, scan16_bytes(row, projected));
+        let shape = inputs.shape16(512, scan16_bytes());
         let defines = [of_u, of_delta, of_p, ("T_OUT", out.of())];
         return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
     }
     let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
     defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(SCAN_CHUNK))]);
     let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes(row, projected));
-    if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
+    if shape.shared_bytes as usize + RESERVED_BYTES > c.limits().shared_bytes {
         return Err(c.unsupported("a scan", format!("{} states a channel", inputs.tiles.d_state)));
     }
     c.launch((&source::SELECTIVE_SCAN, "selective_scan"), &defines, shape, &arguments)
@@ -283,7 +285,10 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let vector = tiles.vector(&places);
     let group = tiles.backward_group(vector);
     places.push(saved);
-    let in_sixteens = inputs.in_sixteens(&op.inputs, &places, &dprojected);
+    let projected = inputs.projected.dtype.size();
+    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + dout.dtype.size() + projected;
+    let bytes16 = scan16_backward_bytes(row, projected);
+    let in_sixteens = inputs.in_sixteens(c, &op.inputs, &places, &dprojected, bytes16);
     let mut defines = inputs.defines(vector).to_vec();
     let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
     let types_of_gradients = types.map(|(name, place)| (name, place.of()));
@@ -306,18 +311,16 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let arguments = arguments.pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
     let arguments = arguments.size(dstate_in.map_or(0, |state| state.rows));
     let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
-    let projected = inputs.projected.dtype.size();
-    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + dout.dtype.size() + projected;
     if in_sixteens {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
         let defines = [&[of_u, of_delta, of_p], &types_of_gradients[..]].concat();
         let arguments = arguments.int(tiles.count as u32);
-        let shape = inputs.shape16(256, scan16_backward_bytes(row, projected));
+        let shape = inputs.shape16(256, bytes16);
         let source = &source::SELECTIVE_SCAN16_BACKWARD;
         c.launch((source, "selective_scan16_backward"), &defines, shape, &arguments)?;
     } else {
         let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
-        if shape.shared_bytes as usize + 1024 > c.limits().shared_bytes {
+        if shape.shared_bytes as usize + RESERVED_BYTES > c.limits().shared_bytes {
             return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
         }
         c.launch((source, "selective_scan_backward"), &defines, shape, &arguments)?;
