@@ -81,6 +81,8 @@ pub struct Largest {
     pub keys: usize,
     /// Values of a scan's state.
     pub state: usize,
+    /// Values of a weight whose products have rows of another dtype.
+    pub converted: usize,
 }
 
 /// Values on the host, in row-major order.

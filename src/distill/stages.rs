@@ -369,7 +369,9 @@ impl<'a> Distillation<'a> {
 
     fn plot_loss(&self) -> Result<()> {
         let records = metrics::read(&self.run.metrics_path())?;
-        let points = metrics::series(&records, "loss");
+        // A logarithmic axis has no place for a loss of 0.
+        let mut points = metrics::series(&records, "loss");
+        points.retain(|(_, loss)| *loss > 0.0);
         if points.is_empty() {
             return Ok(());
         }

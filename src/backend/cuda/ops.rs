@@ -8,7 +8,7 @@ use crate::backend::{
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
-    dense::scratch_bytes(largest).max(memory::scratch_bytes(largest))
+    dense::scratch_bytes(largest).max(memory::scratch_bytes(largest)).max(products::scratch_bytes(largest))
 }
 
 macro_rules! backend {
