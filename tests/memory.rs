@@ -6,7 +6,7 @@ use std::sync::Arc;
 use h1::backend::cuda::driver::Limits;
 use h1::backend::cuda::dry::{self, Counters};
 use h1::backend::ops::{Fill, LossWeights, Scaling};
-use h1::backend::{DType, Device, Error, View, cuda};
+use h1::backend::{DType, Device, Error, Largest, View, cuda};
 use h1::bench::shapes::{Shape, hybrid};
 use h1::checkpoint::{SaveOptions, save_model};
 use h1::distill::config::Config;
@@ -191,13 +191,15 @@ fn distillation_takes_what_it_planned() {
         rows = 2
         [student]
         d_state = 16
+        [importance.mmr]
+        steps = 2
         [evaluation]
         context = 100
         [[stages]]
-        layers = "1"
+        mamba = 1
         tokens = 576
         [[stages]]
-        layers = "2-3"
+        mamba = 3
         tokens = 960
         "#,
     );
@@ -268,4 +270,25 @@ fn a_card_gives_what_it_has_and_says_what_it_has_not() {
     let refused = alloc(&device, 1000);
     assert!(matches!(refused, Err(Error::OutOfMemory { .. })), "{refused:?}");
     assert_eq!(value(alloc(&device, 1).unwrap().view()), 0.0);
+}
+
+#[test]
+fn a_recording_begins_again_when_its_scratch_is_another_one_at_its_address() {
+    let (device, _) = card();
+    let (recording, mut calls) = (device.recording(), 0);
+    let of = |tokens| Largest { tokens, width: 1 << 10, ..Largest::default() };
+    let mut run = |reserved: &[usize]| {
+        let reserved = reserved.iter().map(|&tokens| device.reserve(&of(tokens)).is_ok()).collect::<Vec<_>>();
+        recording
+            .run(|| {
+                calls += 1;
+                Ok(())
+            })
+            .unwrap();
+        (calls, reserved)
+    };
+    assert_eq!([run(&[1 << 16]), run(&[]), run(&[1])], [(1, vec![true]), (2, vec![]), (2, vec![true])]);
+    // The scratch went for one that there is no room for: the next is smaller, and lies where it was.
+    assert_eq!(run(&[1 << 58, 1 << 12]), (3, vec![false, true]));
+    assert_eq!([run(&[]), run(&[])], [(4, vec![]), (4, vec![])]);
 }
