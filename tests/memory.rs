@@ -267,9 +267,22 @@ fn a_card_gives_what_it_has_and_says_what_it_has_not() {
             }
         }
     }
-    let refused = alloc(&device, 1000);
-    assert!(matches!(refused, Err(Error::OutOfMemory { .. })), "{refused:?}");
-    assert_eq!(value(alloc(&device, 1).unwrap().view()), 0.0);
+    // All that the card has, in parts; then the same as one, once the parts are free.
+    let kept = alloc(&device, 1).unwrap();
+    ones(kept.view()).unwrap();
+    let mut parts = Vec::new();
+    let refused = loop {
+        match alloc(&device, 4) {
+            Ok(part) => parts.push(part),
+            Err(refused) => break refused,
+        }
+    };
+    println!("{refused}, after {} parts", parts.len());
+    assert!(matches!(refused, Error::OutOfMemory { .. }), "{refused}");
+    let all = 4 * parts.len();
+    drop(parts);
+    device.plan(|device| alloc(device, all).map(drop)).unwrap();
+    assert_eq!([value(kept.view()), value(alloc(&device, all).unwrap().view())], [1.0, 0.0]);
 }
 
 #[test]

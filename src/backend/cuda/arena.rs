@@ -129,7 +129,7 @@ impl Arena {
     ///
     /// # Errors
     /// When the device fails.
-    pub fn give_back(&mut self, pieces: &impl Pieces) -> Result<()> {
+    fn give_back(&mut self, pieces: &impl Pieces) -> Result<()> {
         let unused = self.0.extract_if(.., |piece| piece.taken.is_empty());
         unused.map(|piece| piece.start).collect::<Vec<_>>().into_iter().try_for_each(|start| pieces.take_back(start))
     }
