@@ -202,9 +202,9 @@ impl Device {
         self.0.backend.reserve(largest)
     }
 
-    /// Gets the memory of a run ready in one piece, where the backend does not take it as it comes. `calls` make on another
-    /// device, which is like this one but has no memory and computes nothing, what the run will make on this one; the most
-    /// that they have at a time is what it takes.
+    /// Gets the memory of a run ready in one piece, where the backend does not take it as it comes. `calls` make what
+    /// the run will make on this device on another one, which is like it but has no memory and computes nothing; the
+    /// most that they have at a time is what the run takes.
     ///
     /// # Errors
     /// What `calls` fail with, or when this device has no room: before anything is made on it.

@@ -149,8 +149,8 @@ pub trait Backend: Send + Sync {
     fn free(&self, buffer: BufferId);
     /// Makes scratch for calls up to these sizes.
     fn reserve(&self, largest: &Largest) -> Result<()>;
-    /// Gets the memory ready that `calls` take on the device that they are given: see [`Device::plan`]. They give whether
-    /// they went well. A backend that takes memory as it comes does nothing, and does not make them.
+    /// Gets the memory ready that `calls` take on the device that they are given: see [`Device::plan`]. They give
+    /// whether they went well. A backend that takes memory as it comes does nothing, and does not make them.
     fn plan(&self, _calls: &mut dyn FnMut(&Device) -> bool) -> Result<()> {
         Ok(())
     }

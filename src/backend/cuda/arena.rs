@@ -50,8 +50,8 @@ impl Piece {
         self.start + self.bytes as u64
     }
 
-    /// The smallest free range that is large enough. The end of the piece comes after all others, so that the same calls get
-    /// the same ranges of any piece that they fit into.
+    /// The smallest free range that is large enough. The end of the piece comes after all others, so that the same
+    /// calls get the same ranges of any piece that they fit into.
     fn take(&mut self, bytes: usize) -> Option<Pointer> {
         let is_end = |start, room| start + room as u64 == self.end();
         let large_enough = self.free.iter().filter(|&(_, &room)| room >= bytes);
@@ -110,8 +110,8 @@ impl Arena {
         }
     }
 
-    /// Makes sure that so many bytes are free side by side, by a piece of that size if need be, for which unused pieces go
-    /// where there is no room otherwise. False where there is none even so.
+    /// Makes sure that so many bytes are free side by side, by a piece of that size if need be, for which unused pieces
+    /// go where there is no room otherwise. False where there is none even so.
     ///
     /// # Errors
     /// When the device fails.

@@ -1,5 +1,5 @@
-//! A driver that does nothing and has no memory: it hands out addresses, and counts. What a run makes on it first is what
-//! the run will take of a card.
+//! A driver that does nothing and has no memory: it hands out addresses, and counts. What a run makes on it first is
+//! what the run will take of a card.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -67,8 +67,8 @@ impl Heap {
         Ok(start)
     }
 
-    /// Takes memory back. It may be handed out again at once: whoever gets it uses it on the same stream, after all calls
-    /// that were made so far.
+    /// Takes memory back. It may be handed out again at once: whoever gets it uses it on the same stream, after all
+    /// calls that were made so far.
     pub fn free(&self, start: Pointer) {
         self.arena().free(start);
     }

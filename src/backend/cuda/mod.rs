@@ -1,9 +1,9 @@
 //! The CUDA backend: kernels of our own compiled at first use, products through cuBLASLt.
 //!
 //! The host side stands on a [`driver::Driver`]: `real` is the card's, found at run time; `emulated` runs the same kernels'
-//! text on the CPU, so that everything above the driver is tested without a card; `dry` does nothing, which tells what memory
-//! a run will take. Weights are stored in f32, bf16 or f16, activations too; sums are f32. All calls go to one stream in order,
-//! and none waits for the device.
+//! text on the CPU, so that everything above the driver is tested without a card; `dry` does nothing, which tells what
+//! memory a run will take. Weights are stored in f32, bf16 or f16, activations too; sums are f32. All calls go to one
+//! stream in order, and none waits for the device.
 
 mod arena;
 mod blas;
