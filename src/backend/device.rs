@@ -202,6 +202,24 @@ impl Device {
         self.0.backend.reserve(largest)
     }
 
+    /// Gets the memory of a run ready in one piece, where the backend does not take it as it comes. `calls` make what
+    /// the run will make on this device on another one, which is like it but has no memory and computes nothing; the
+    /// most that they have at a time is what the run takes.
+    ///
+    /// # Errors
+    /// What `calls` fail with, or when this device has no room: before anything is made on it.
+    pub fn plan<E: From<Error>>(
+        &self,
+        calls: impl FnOnce(&Device) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let (mut calls, mut made) = (Some(calls), Ok(()));
+        let planned = self.0.backend.plan(&mut |device| {
+            made = calls.take().map_or(Ok(()), |calls| calls(device));
+            made.is_ok()
+        });
+        made.and(planned.map_err(E::from))
+    }
+
     /// Row-major values of the host into a view, cast to its dtype and put into its order.
     ///
     /// # Errors

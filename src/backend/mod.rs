@@ -81,6 +81,8 @@ pub struct Largest {
     pub keys: usize,
     /// Values of a scan's state.
     pub state: usize,
+    /// Values of a weight whose products have rows of another dtype.
+    pub converted: usize,
 }
 
 /// Values on the host, in row-major order.
@@ -147,6 +149,11 @@ pub trait Backend: Send + Sync {
     fn free(&self, buffer: BufferId);
     /// Makes scratch for calls up to these sizes.
     fn reserve(&self, largest: &Largest) -> Result<()>;
+    /// Gets the memory ready that `calls` take on the device that they are given: see [`Device::plan`]. They give
+    /// whether they went well. A backend that takes memory as it comes does nothing, and does not make them.
+    fn plan(&self, _calls: &mut dyn FnMut(&Device) -> bool) -> Result<()> {
+        Ok(())
+    }
     /// Row-major values of the host into a view, cast to its dtype and put into its order; padding becomes 0.
     fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()>;
     /// Starts to read a view.

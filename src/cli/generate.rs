@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::common::{DeviceArguments, located, print, print_json, print_part};
 use crate::checkpoint::Checkpoint;
 use crate::generate::{Event, Finish, Generator, Limits, Request};
+use crate::model::Model;
 use crate::text::record;
 use crate::text::template::{Clock, Conversation, Message, message};
 use crate::text::tokenizer::{DecodeStream, Tokenizer, TokenizerError};
@@ -129,10 +130,15 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
     let device = arguments.device.open()?;
-    let model = arguments.device.load(&device, &checkpoint)?;
     let sequences = arguments.batch.get().min(requests.len());
     let context = longest.saturating_add(arguments.max_new_tokens.get());
-    let mut generator = Generator::new(&model, Limits { sequences, context, call: longest.clamp(sequences, 512) })?;
+    let limits = Limits { sequences, context, call: longest.clamp(sequences, 512) };
+    device.plan(|device| {
+        let model = Model::new(device, checkpoint.config().clone(), arguments.device.dtype())?;
+        Generator::new(&model, limits).map(drop)
+    })?;
+    let model = arguments.device.load(&device, &checkpoint)?;
+    let mut generator = Generator::new(&model, limits)?;
     generator.check(&requests)?;
 
     let new = || Text { stream: DecodeStream::default(), text: String::new(), tokens: Vec::new(), finish: None };

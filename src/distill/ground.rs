@@ -39,6 +39,12 @@ pub(super) fn room(batches: &Batches) -> Room {
     Room { tokens: batches.most_tokens(), segments: first.segments.len() + first.segments.len() / 4 }
 }
 
+/// Batches of the training documents, in an order of `purpose`'s own.
+pub(super) fn batches(config: &Config, documents: &Arc<Documents>, purpose: &str) -> Result<Batches> {
+    let seed = random::stream(config.seed, purpose).random();
+    Ok(Batches::new(Arc::clone(documents), config.batch.row_tokens, config.batch.rows, seed)?)
+}
+
 /// Hears nothing.
 pub(super) struct Deaf;
 
@@ -68,17 +74,15 @@ impl<'a> Ground<'a> {
         config: &'a Config,
         (device, dtype): (&'a Device, DType),
         original: Checkpoint,
-        train: Documents,
+        train: Arc<Documents>,
     ) -> Result<Self> {
         let teacher = Arc::new(original.load(device, dtype)?);
-        Ok(Ground { config, device, dtype, original, teacher, train: Arc::new(train) })
+        Ok(Ground { config, device, dtype, original, teacher, train })
     }
 
-    /// Batches of the training documents, in an order of `purpose`'s own.
+    /// See [`batches`].
     pub(super) fn batches(&self, purpose: &str) -> Result<Batches> {
-        let Config { seed, batch, .. } = self.config;
-        let seed = random::stream(*seed, purpose).random();
-        Ok(Batches::new(Arc::clone(&self.train), batch.row_tokens, batch.rows, seed)?)
+        batches(self.config, &self.train, purpose)
     }
 
     /// The hybrid of `student` with new mixers in the layers `new`. What mil-fit finds is heard and kept in the file

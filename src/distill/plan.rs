@@ -293,7 +293,7 @@ fn stage(
 }
 
 /// The teacher's shape with so many Mamba layers.
-fn hybrid(config: &Config, teacher: &ModelConfig, mamba: usize) -> Result<ModelConfig> {
+pub(super) fn hybrid(config: &Config, teacher: &ModelConfig, mamba: usize) -> Result<ModelConfig> {
     let more = mamba - teacher.layers_of(BlockKind::Mamba).count();
     let layers: LayerSet = teacher.layers_of(BlockKind::Attention).take(more).collect();
     Ok(Conversion::new(teacher, teacher, &layers, (Init::Mil, config.student.shape(), 0))?.config().clone())

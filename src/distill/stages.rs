@@ -21,9 +21,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::config::Config;
-use super::ground::{CALL_TOKENS, Deaf, Ground, room};
+use super::ground::{CALL_TOKENS, Deaf, Ground, batches, room};
 use super::importance::Ranking;
 use super::piece::{once, read_json, write_json, write_text};
+use super::plan::hybrid;
 use super::table::{Row, Summary};
 use super::watch::{Event, Watcher};
 use super::{Error, Result};
@@ -32,7 +33,7 @@ use crate::checkpoint::{self, Checkpoint, SaveOptions, save_model_into};
 use crate::eval::Evaluator;
 use crate::hybrid::{Init, LayerSet};
 use crate::model::Model;
-use crate::model::config::BlockKind;
+use crate::model::config::{BlockKind, ModelConfig};
 use crate::report::metrics::{self, Record};
 use crate::report::plot;
 use crate::text::documents::Documents;
@@ -90,6 +91,30 @@ pub fn distill(setup: Setup<'_>, watcher: &mut dyn Watcher) -> Result<Option<Sum
     distillation.finish(watcher).map(Some)
 }
 
+/// Makes what the run of a teacher of shape `original` has on a device at a time, from the first stage to the last.
+fn make_all(
+    config: &Config,
+    original: &ModelConfig,
+    train: &Arc<Documents>,
+    (device, dtype): (&Device, DType),
+) -> Result<()> {
+    let teacher = Arc::new(Model::new(device, original.clone(), dtype)?);
+    let scored = |shape: &ModelConfig| {
+        let model = Model::new(device, shape.clone(), dtype)?;
+        Evaluator::new(&model, Some(&teacher), CALL_TOKENS)?;
+        Ok::<_, Error>(model)
+    };
+    scored(original)?;
+    for (index, mamba) in config.counts(original)?.into_iter().enumerate() {
+        let shape = hybrid(config, original, mamba)?;
+        let (options, batches) = (config.trainer(config.trained_of(index))?, batches(config, train, &purpose(index))?);
+        let live = Teacher::live(Arc::clone(&teacher));
+        Trainer::new(scored(&shape)?, Some(live), options, room(&batches))?;
+        scored(&shape)?;
+    }
+    Ok(())
+}
+
 /// What a run remembers of its stage in a checkpoint.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -143,7 +168,9 @@ impl<'a> Distillation<'a> {
             return Err(Error::malformed(&path, what));
         }
         let tokens = saved.as_ref().map_or(0, |saved: &Saved<SessionState>| saved.state.tokens);
-        let ground = Ground::new(config, (device, dtype), original, data.train)?;
+        let train = Arc::new(data.train);
+        device.plan(|device| make_all(config, original.config(), &train, (device, dtype)))?;
+        let ground = Ground::new(config, (device, dtype), original, train)?;
         Ok((Distillation { config, ground, held_out: data.test, tokenizer: tokenizer_folder, run, tokens }, saved))
     }
 
@@ -239,7 +266,7 @@ impl<'a> Distillation<'a> {
                 model
             }
         };
-        let mut batches = self.ground.batches(&format!("batches of stage {}", index + 1))?;
+        let mut batches = self.ground.batches(&purpose(index))?;
         let options = config.trainer(config.trained_of(index))?;
         let teacher = Teacher::live(Arc::clone(&self.ground.teacher));
         let mut trainer = Trainer::new(model, Some(teacher), options, room(&batches))?;
@@ -342,7 +369,9 @@ impl<'a> Distillation<'a> {
 
     fn plot_loss(&self) -> Result<()> {
         let records = metrics::read(&self.run.metrics_path())?;
-        let points = metrics::series(&records, "loss");
+        // A logarithmic axis has no place for a loss of 0.
+        let mut points = metrics::series(&records, "loss");
+        points.retain(|(_, loss)| *loss > 0.0);
         if points.is_empty() {
             return Ok(());
         }
@@ -368,6 +397,11 @@ const TEACHER: &str = "teacher";
 /// The number of a stage as its files have it.
 fn number(index: usize) -> String {
     format!("{:02}", index + 1)
+}
+
+/// What the batches of a stage are drawn for.
+fn purpose(index: usize) -> String {
+    format!("batches of stage {}", index + 1)
 }
 
 fn stage_name(index: usize) -> String {

@@ -76,14 +76,14 @@ impl<'a> Evaluator<'a> {
     ///
     /// # Errors
     /// When the device has no room, or the vocabularies differ.
-    pub fn new(model: &'a Model, teacher: Option<&'a Model>, tokens: usize) -> Result<Self, Error> {
+    pub fn new(model: &'a Model, teacher: Option<&'a Model>, tokens: usize) -> backend::Result<Self> {
         let room = |model| Activations::new(model, Keep::Nothing, tokens, tokens);
         Ok(Evaluator {
             model,
             activations: room(model)?,
             head: LossHead::new(model, teacher, tokens, true)?,
             teacher: teacher
-                .map(|teacher| Ok::<_, Error>((teacher, room(teacher)?, FinalNorm::new(teacher, tokens)?)))
+                .map(|teacher| Ok::<_, backend::Error>((teacher, room(teacher)?, FinalNorm::new(teacher, tokens)?)))
                 .transpose()?,
             tokens,
         })

@@ -75,6 +75,13 @@ impl Model {
         trained_as(self.activations())
     }
 
+    /// [`Largest::converted`] where activations are stored as `dtype`.
+    pub(super) fn converted(&self, dtype: DType) -> usize {
+        let other = self.weights.part(Part::Matrices).dtype != dtype;
+        let matrices = self.weights.table().iter().filter(|(_, p)| other && p.part == Part::Matrices);
+        matrices.map(|(_, p)| p.spec.len()).max().unwrap_or(0)
+    }
+
     pub(super) fn shared(&self) -> Shared<'_> {
         Shared { config: &self.config, weights: &self.weights, inv_freq: self.inv_freq.view() }
     }
@@ -128,7 +135,7 @@ impl Activations {
             _ => vec![BlockSaved::new(device, config, room, |kind| config.blocks.contains(&kind))?],
         };
         let backward = || Ok((rows()?, BlockScratch::new(device, config, dtype, tokens)?));
-        device.reserve(&config.largest(tokens, segments))?;
+        device.reserve(&Largest { converted: model.converted(dtype), ..config.largest(tokens, segments) })?;
         Ok(Activations {
             keep,
             hidden: (0..streams).map(|_| rows()).collect::<Result<_>>()?,
@@ -193,7 +200,7 @@ impl ModelConfig {
             heads: self.num_attention_heads,
             keys: tokens,
             state: mamba.map_or(0, |mamba| mamba.ssm_state()),
-            logits: 0,
+            ..Largest::default()
         }
     }
 }

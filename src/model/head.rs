@@ -185,7 +185,8 @@ impl LossHead {
         let column = |dtype| Column::new(device, dtype, rows);
         let stored = model.gradients();
         let gradient = |rows, width| Rows::new(device, stored, rows, width);
-        device.reserve(&Largest { logits: chunk * config.vocab_size, tokens: rows, ..Largest::default() })?;
+        let (logits, converted) = (chunk * config.vocab_size, model.converted(stored));
+        device.reserve(&Largest { logits, tokens: rows, converted, ..Largest::default() })?;
         Ok(LossHead {
             chunk,
             norm: FinalNorm::stored_as(stored, model, rows)?,

@@ -7,7 +7,7 @@ use super::scratch::Column;
 use super::weights::{BlockIds, Gradients, MixerIds};
 use super::{attention, mamba};
 use crate::backend::ops::Embed;
-use crate::backend::{DType, Error, HostSlice, Out, Result, Segments, SegmentsBuffer, SegmentsView, View};
+use crate::backend::{DType, Error, HostSlice, Largest, Out, Result, Segments, SegmentsBuffer, SegmentsView, View};
 
 /// Runs blocks and mixers of one model.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ impl<'a> Probe<'a> {
         let dtype = model.gradients();
         let room = Room { dtype, tokens, segments, training };
         let backward = || BlockScratch::new(device, config, room.dtype, tokens);
-        device.reserve(&config.largest(tokens, segments))?;
+        device.reserve(&Largest { converted: model.converted(dtype), ..config.largest(tokens, segments) })?;
         Ok(Probe {
             model,
             saved: BlockSaved::new(device, config, room, |kind| config.blocks.contains(&kind))?,

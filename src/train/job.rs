@@ -14,8 +14,9 @@ use super::state::dtype_of;
 use super::trainer::{Divisor, Room, StepReport, Trainer, TrainerOptions};
 use crate::backend::ops::{LossWeights, Scaling};
 use crate::backend::{DType, Device};
-use crate::checkpoint::{self, SaveOptions};
+use crate::checkpoint::{self, Checkpoint, SaveOptions};
 use crate::eval::{Evaluator, Scores};
+use crate::model::config::ModelConfig;
 use crate::model::{LossKind, Model};
 use crate::report::metrics::{self, Record};
 use crate::text::arithmetic::ALPHABET;
@@ -181,13 +182,20 @@ impl Parts {
         let data = config.data.load(base, &tokenizer, progress)?;
         let batch = config.batch;
         let mut batches = Batches::new(data.train.clone().into(), batch.row_tokens, batch.rows, config.seed)?;
-        let model = model(config, (base, &tokenizer), saved.as_ref(), (device, dtype))?;
-        if tokenizer.vocabulary_size() > model.config().vocab_size {
-            let (tokens, rows) = (tokenizer.vocabulary_size(), model.config().vocab_size);
+        let origin = Origin::new(config, (base, &tokenizer), saved.as_ref())?;
+        let (tokens, rows) = (tokenizer.vocabulary_size(), origin.config().vocab_size);
+        if tokens > rows {
             return Err(Error::Configuration(format!("the tokenizer has {tokens} tokens, the model only {rows}")));
         }
         let room = Room { tokens: batches.most_tokens(), segments: first_segments(&batches) };
-        let mut trainer = Trainer::new(model, None, options, room)?;
+        device.plan(|device| {
+            let trainer = Trainer::new(Model::new(device, origin.config().clone(), dtype)?, None, options, room)?;
+            if !data.test.is_empty() {
+                Evaluator::new(trainer.model(), None, EVALUATION_TOKENS)?;
+            }
+            Ok::<_, Error>(())
+        })?;
+        let mut trainer = Trainer::new(origin.model((device, dtype), config.seed)?, None, options, room)?;
         let mut tokens = 0;
         if let Some(Saved { folder, state, .. }) = saved {
             if state.dtype != dtype_of(trainer.model()).to_string() {
@@ -218,19 +226,40 @@ fn tokenizer_folder(config: &TrainConfig, base: &Path, run: &Run) -> Result<Path
     }
 }
 
-fn model(
-    config: &TrainConfig,
-    (base, tokenizer): (&Path, &Tokenizer),
-    saved: Option<&Saved<SessionState>>,
-    (device, dtype): (&Device, DType),
-) -> Result<Model> {
-    match (saved, &config.model.checkpoint, &config.model.shape) {
-        (_, Some(_), Some(_)) | (_, None, None) => {
-            Err(Error::Configuration("model: expected either `checkpoint` or `shape`".into()))
+/// What a model comes from.
+enum Origin {
+    Checkpoint(Checkpoint),
+    Shape(ModelConfig),
+}
+
+impl Origin {
+    fn new(
+        config: &TrainConfig,
+        (base, tokenizer): (&Path, &Tokenizer),
+        saved: Option<&Saved<SessionState>>,
+    ) -> Result<Self> {
+        match (saved, &config.model.checkpoint, &config.model.shape) {
+            (_, Some(_), Some(_)) | (_, None, None) => {
+                Err(Error::Configuration("model: expected either `checkpoint` or `shape`".into()))
+            }
+            (Some(saved), ..) => Ok(Origin::Checkpoint(Checkpoint::open(&saved.folder)?)),
+            (None, Some(folder), _) => Ok(Origin::Checkpoint(Checkpoint::open(&checkpoint::locate(base, folder)?)?)),
+            (None, None, Some(shape)) => Ok(Origin::Shape(shape.config(tokenizer)?)),
         }
-        (Some(saved), ..) => Ok(checkpoint::load(device, &saved.folder, dtype)?),
-        (None, Some(folder), _) => Ok(checkpoint::load(device, &checkpoint::locate(base, folder)?, dtype)?),
-        (None, None, Some(shape)) => fresh(device, shape.config(tokenizer)?, dtype, config.seed),
+    }
+
+    fn config(&self) -> &ModelConfig {
+        match self {
+            Origin::Checkpoint(checkpoint) => checkpoint.config(),
+            Origin::Shape(config) => config,
+        }
+    }
+
+    fn model(self, (device, dtype): (&Device, DType), seed: u64) -> Result<Model> {
+        match self {
+            Origin::Checkpoint(checkpoint) => Ok(checkpoint.load(device, dtype)?),
+            Origin::Shape(config) => fresh(device, config, dtype, seed),
+        }
     }
 }
 

@@ -32,8 +32,8 @@ pub(super) struct State {
 pub(super) enum Recorded {
     /// Its ops ran once: their kernels are loaded, their scratch is made.
     Ran,
-    /// They are a graph that uses the scratch at this address.
-    Graph(Graph, Pointer),
+    /// They are a graph that uses the scratch at this address, of so many bytes.
+    Graph(Graph, (Pointer, usize)),
 }
 
 impl State {
@@ -53,9 +53,9 @@ impl State {
             .ok_or(Error::Memory { buffer: view.buffer, dtype: view.dtype, first: span.start, end: span.end })
     }
 
-    /// Where the scratch lies.
-    pub fn scratch(&self) -> Pointer {
-        self.scratch.0
+    /// Where the scratch lies, and how many bytes it has.
+    pub fn scratch(&self) -> (Pointer, usize) {
+        self.scratch
     }
 
     /// Gives the scratch back.

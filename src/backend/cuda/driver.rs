@@ -200,6 +200,13 @@ pub trait Driver: Send + Sync {
     fn allocate(&self, bytes: usize, what: &str) -> Result<Pointer>;
     /// Gives device memory back once all calls so far are done with it.
     fn free(&self, start: Pointer);
+    /// Gets so many bytes ready for what is allocated next, where memory is not taken as it comes.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn plan(&self, _bytes: usize) -> Result<()> {
+        Ok(())
+    }
     /// Sets bytes to 0.
     ///
     /// # Errors

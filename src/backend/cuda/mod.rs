@@ -1,18 +1,23 @@
 //! The CUDA backend: kernels of our own compiled at first use, products through cuBLASLt.
 //!
 //! The host side stands on a [`driver::Driver`]: `real` is the card's, found at run time; `emulated` runs the same kernels'
-//! text on the CPU, so that everything above the driver is tested without a card. Weights are stored in f32, bf16 or f16,
-//! activations too; sums are f32. All calls go to one stream in order, and none waits for the device.
+//! text on the CPU, so that everything above the driver is tested without a card; `dry` does nothing, which tells what
+//! memory a run will take. Weights are stored in f32, bf16 or f16, activations too; sums are f32. All calls go to one
+//! stream in order, and none waits for the device.
 
+mod arena;
 mod blas;
 mod call;
 #[doc(hidden)]
 pub mod compiler;
 mod dense;
 pub mod driver;
+#[doc(hidden)]
+pub mod dry;
 #[cfg(unix)]
 #[doc(hidden)]
 pub mod emulated;
+mod heap;
 mod libraries;
 mod losses;
 mod memory;
@@ -112,6 +117,12 @@ impl Cuda {
         let bytes = ops::scratch_bytes(largest).max(mixers::scratch_bytes(call.limits(), largest));
         let Call { driver, mut state, .. } = call;
         state.reserve(driver, bytes).map(drop)
+    }
+
+    /// The calls are made on a dry device of these limits; what they take of it is planned on this one.
+    fn plan(&self, calls: &mut dyn FnMut(&Device) -> bool) -> Result<()> {
+        let (device, counters) = dry::device(self.driver.limits());
+        if calls(&device) { self.driver.plan(counters.peak_bytes()) } else { Ok(()) }
     }
 
     /// The first run of a recording loads kernels and makes scratch, the second is recorded, the others replay it. Scratch

@@ -3,12 +3,12 @@
 use super::call::Call;
 use super::{Cuda, dense, losses, memory, mixers, products};
 use crate::backend::{
-    Backend, BackendInfo, BufferId, DType, HostSlice, Largest, Readback, RecordingId, Result, View, ops,
+    Backend, BackendInfo, BufferId, DType, Device, HostSlice, Largest, Readback, RecordingId, Result, View, ops,
 };
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
-    dense::scratch_bytes(largest).max(memory::scratch_bytes(largest))
+    dense::scratch_bytes(largest).max(memory::scratch_bytes(largest)).max(products::scratch_bytes(largest))
 }
 
 macro_rules! backend {
@@ -28,6 +28,10 @@ macro_rules! backend {
 
             fn reserve(&self, largest: &Largest) -> Result<()> {
                 self.reserve(largest)
+            }
+
+            fn plan(&self, calls: &mut dyn FnMut(&Device) -> bool) -> Result<()> {
+                self.plan(calls)
             }
 
             fn write(&self, src: HostSlice<'_>, dst: View) -> Result<()> {

@@ -5,10 +5,15 @@ use super::driver::{Arguments, Matrix, Product};
 use super::memory::{cast, column_sums};
 use super::source::{self, Value};
 use super::variants::VECTORS;
-use crate::backend::{DType, Error, Result, ops};
+use crate::backend::{DType, Error, Largest, Result, ops};
 
 /// Outputs of a block of `gemv.cu`, a warp each.
 const GEMV_WARPS: usize = 8;
+
+/// Bytes of scratch that calls of these sizes take.
+pub(super) fn scratch_bytes(largest: &Largest) -> usize {
+    largest.converted.saturating_mul(4)
+}
 
 fn rows_of(place: &Place) -> Matrix {
     Matrix { start: place.start, dtype: place.dtype, stride: place.stride, transposed: false }

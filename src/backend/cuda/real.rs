@@ -11,6 +11,7 @@ use super::blas::{self, Blas, WORKSPACE};
 use super::driver::{
     Arguments, Boxes, Driver, Finish, Graph, Kernel, Limits, Pointer, Product, Region, Shape, TensorMap,
 };
+use super::heap::Heap;
 use super::source::{HEADERS, KernelKey, ModuleKey};
 use super::staging::{Arrival, Ring, SLOT, Spare};
 use super::{compiler, libraries};
@@ -139,6 +140,13 @@ impl Context {
         self.check("entering the context", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
+    /// Waits until the stream has done all that it was given.
+    pub fn synchronise(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the context's own stream.
+        self.check("waiting for the device", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
     /// A result of the driver.
     pub fn check(&self, what: &str, result: CUresult) -> Result<()> {
         check(&self.name, what, result)
@@ -190,6 +198,7 @@ pub struct Card {
     compiler: (u32, u32),
     cache: Cache,
     parts: Mutex<Parts>,
+    heap: Heap,
     spare: Spare,
     /// Last, so that all else is gone before it.
     context: Arc<Context>,
@@ -204,14 +213,15 @@ impl Card {
         let (device, limits) = find(ordinal)?;
         let compiler = compiler::version().map_err(unavailable)?;
         let context = Arc::new(Context::new(device, &limits.name)?);
-        keep_freed_memory(&context, device)?;
-        let workspace = allocate(&context, &limits, WORKSPACE, "products")?;
+        let heap = Heap::new(&context, limits.memory_bytes);
+        let workspace = heap.allocate(WORKSPACE, "products")?;
         let cache = Cache::of_user("cuda");
         let blas = Blas::new(&limits.name, workspace, &cache).map_err(unavailable)?;
         let (modules, kernels, graphs) = (HashMap::new(), Vec::new(), HashMap::new());
         let parts = Parts { ring: Ring::new(&context)?, blas, modules, kernels, graphs, early: false, made: 0 };
         let identity = identity(&limits, device)?;
-        Ok(Card { limits, identity, compiler, cache, parts: Mutex::new(parts), spare: Spare::default(), context })
+        let (parts, spare) = (Mutex::new(parts), Spare::default());
+        Ok(Card { limits, identity, compiler, cache, parts, heap, spare, context })
     }
 
     fn parts(&self) -> MutexGuard<'_, Parts> {
@@ -291,36 +301,6 @@ fn identity(limits: &Limits, device: CUdevice) -> Result<String> {
     Ok(format!("{} {:?} {version}", limits.name, uuid.bytes))
 }
 
-/// The pool keeps what was freed, so that a step that allocates what it freed before costs the driver nothing.
-fn keep_freed_memory(context: &Context, device: CUdevice) -> Result<()> {
-    let (mut pool, mut most) = (std::ptr::null_mut(), u64::MAX);
-    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    // SAFETY: writes a handle, then reads a number.
-    unsafe {
-        context.check("finding the memory pool", sys::cuDeviceGetDefaultMemPool(&mut pool, device))?;
-        let value = std::ptr::from_mut(&mut most).cast();
-        context.check("setting up the memory pool", sys::cuMemPoolSetAttribute(pool, threshold, value))
-    }
-}
-
-fn allocate(context: &Context, limits: &Limits, bytes: usize, what: &str) -> Result<Pointer> {
-    let none = || Error::OutOfMemory { device: limits.name.clone(), what: what.into(), bytes };
-    if bytes > limits.memory_bytes {
-        return Err(none());
-    }
-    context.enter()?;
-    let mut start = 0;
-    // SAFETY: writes an address; the memory is set before anything reads it.
-    unsafe {
-        match sys::cuMemAllocAsync(&mut start, bytes.max(1), context.stream) {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(none()),
-            result => context.check("allocating memory", result)?,
-        }
-        context.check("clearing memory", sys::cuMemsetD8Async(start, 0, bytes.max(1), context.stream))?;
-    }
-    Ok(start)
-}
-
 /// A copy of rows between the device and pinned memory without gaps.
 fn copy_rows(region: Region, pinned: *mut std::ffi::c_void, to_device: bool) -> sys::CUDA_MEMCPY2D {
     let (host, device) = (CUmemorytype::CU_MEMORYTYPE_HOST, CUmemorytype::CU_MEMORYTYPE_DEVICE);
@@ -376,14 +356,16 @@ impl Driver for Card {
     }
 
     fn allocate(&self, bytes: usize, what: &str) -> Result<Pointer> {
-        allocate(&self.context, &self.limits, bytes, what)
+        self.parts().early = false;
+        self.heap.allocate(bytes, what)
     }
 
     fn free(&self, start: Pointer) {
-        if self.context.enter().is_ok() {
-            // SAFETY: allocated on this stream, which is done with it by then.
-            unsafe { sys::cuMemFreeAsync(start, self.context.stream) };
-        }
+        self.heap.free(start);
+    }
+
+    fn plan(&self, bytes: usize) -> Result<()> {
+        self.heap.reserve(bytes)
     }
 
     fn clear(&self, region: Region) -> Result<()> {
@@ -567,9 +549,7 @@ impl Driver for Card {
     }
 
     fn synchronise(&self) -> Result<()> {
-        self.context.enter()?;
-        // SAFETY: the context's own stream.
-        self.context.check("waiting for the device", unsafe { sys::cuStreamSynchronize(self.context.stream) })
+        self.context.synchronise()
     }
 }
 
