@@ -299,29 +299,45 @@ class Attention:
         p = self.pages
         return [R(self.kk), R(self.vv), L(self.kk.shape[0]), P(p), L(p.shape[0] if p is not None else 0), L(p.shape[1] if p is not None else 0), I(max(1, self.page_size))]
 
-    def plain(self):
-        x = CTYPE[self.dtype]
-        k = kernel("attention.cu", "attention", T_Q=x, T_KV=x, T_OUT=x, HEAD_DIM=self.hd)
-        a = [R(self.q)] + self.keys() + [P(self.table), I(len(self.lengths)), L(self.t), I(self.group), FL(self.scale), L(self.window), R(self.out), R(self.lse)]
-        return lambda: k(((self.t + 3) // 4, self.heads), (128,), 0, a)
+    def combine(self, parts):
+        self.po = torch.empty(parts, self.t, self.heads, self.hd, device=DEV) if parts > 1 else None
+        self.pl = torch.full((parts, self.t, self.heads), float("nan"), device=DEV) if parts > 1 else None
+        k = kernel("attention_combine.cu", "attention_combine", T_OUT=CTYPE[self.dtype], HEAD_DIM=self.hd)
+        a = [P(self.po), P(self.pl), I(parts), L(self.t), I(self.heads), R(self.out), R(self.lse)]
+        held = self.po, self.pl
+        return lambda: held and parts > 1 and k(((self.t * self.heads + 3) // 4,), (128,), 0, a)
+
+    def tiles(self):
+        """Rows of a block, columns of a tile, and bytes of `rows` and `cols` rows and of weights."""
+        cols = 32 if self.hd > 64 else 64
+        return cols, lambda rows, count, own: 4 * (count * (-(-self.hd // 32) * 32 + 4) + own * (cols + 4) + 2 * cols)
+
+    def plain(self, rows=64, parts=1):
+        x, (cols, size) = CTYPE[self.dtype], self.tiles()
+        k, combine = kernel("attention.cu", "attention", T_Q=x, T_KV=x, T_OUT=x, HEAD_DIM=self.hd, ROWS=rows), self.combine(parts)
+        a = [R(self.q)] + self.keys() + [P(self.table), I(len(self.lengths)), L(self.t), I(self.group), FL(self.scale), L(self.window), R(self.out), R(self.lse), P(self.po), P(self.pl)]
+        tiles = self.t * self.group // rows + len(self.lengths)
+
+        def run():
+            k((self.kv, tiles, parts), (128,), size(rows, rows + 2 * cols, rows), a)
+            combine()
+
+        run.info = k.info
+        return run
 
     def mma(self, warps=4, m_tiles=2, parts=1):
         x = CTYPE[self.dtype]
         d = dict(T_X=x, HEAD_DIM=self.hd, WARPS=warps, M_TILES=m_tiles)
-        k, kc = kernel("attention_mma.cu", "attention_mma", **d), kernel("attention_mma.cu", "attention_combine", **d)
+        k, combine = kernel("attention_mma.cu", "attention_mma", **d), self.combine(parts)
         rows = warps * m_tiles * 16
         queries = rows // self.group
         tiles = self.t // queries + len(self.lengths)
-        self.po = torch.empty(parts, self.t, self.heads, self.hd, device=DEV) if parts > 1 else None
-        self.pl = torch.full((parts, self.t, self.heads), float("nan"), device=DEV) if parts > 1 else None
         a = [R(self.q)] + self.keys() + [P(self.table), I(len(self.lengths)), L(self.t), I(self.group), FL(self.scale), L(self.window), R(self.out), R(self.lse), P(self.po), P(self.pl)]
-        ac = [P(self.po), P(self.pl), I(parts), L(self.t), I(self.heads), R(self.out), R(self.lse)]
         shared = (rows + 4 * 64) * self.hd * 2
 
         def run():
             k((self.kv, tiles, parts), (warps * 32,), shared, a)
-            if parts > 1:
-                kc(((self.t * self.heads + 3) // 4,), (128,), 0, ac)
+            combine()
 
         run.info = k.info
         return run
@@ -349,11 +365,11 @@ class Attention:
         return [R(self.q), R(self.k), R(self.v), L(self.k.shape[0]), P(self.table), I(len(self.lengths)), L(self.t), I(self.heads), I(self.group), FL(self.scale), L(self.window),
                 R(self.lse), P(self.delta), R(self.dout)]
 
-    def backward(self, path):
+    def backward(self, path, rows=64):
         x = CTYPE[self.dtype]
         self.delta = torch.empty(self.t, self.heads, device=DEV)
         self.dq, self.dk, self.dv = (torch.full_like(y, float("nan")) for y in (self.q, self.k, self.v))
-        d = dict(T_Q=x, T_KV=x, T_OUT=x, T_DOUT=x, T_DQ=x, T_DKV=x, HEAD_DIM=self.hd)
+        d = dict(T_Q=x, T_KV=x, T_OUT=x, T_DOUT=x, T_DQ=x, T_DKV=x, HEAD_DIM=self.hd, ROWS=rows)
         kd = kernel("attention_backward.cu", "attention_delta", **d)
         ad = [R(self.out), R(self.dout), L(self.t), I(self.heads), P(self.delta)]
         a = self.backward_inputs()
@@ -372,12 +388,15 @@ class Attention:
             run.info = lambda: (kq.info(), kkv.info())
         else:
             kq, kkv = kernel("attention_backward.cu", "attention_dq", **d), kernel("attention_backward.cu", "attention_dkv", **d)
+            cols, size = self.tiles()
+            shared = size(rows, 2 * rows + 2 * cols, rows)
+            tiles, key_tiles = self.t * self.group // rows + len(self.lengths), self.k.shape[0] // rows + len(self.lengths)
 
             def run():
                 kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad)
-                kq(((self.t + 3) // 4, self.heads), (128,), 0, a + [R(self.dq)])
-                kkv(((self.k.shape[0] + 3) // 4, self.kv), (128,), 0, a + [R(self.dk), R(self.dv)])
-            run.info = lambda: None
+                kq((self.kv, tiles), (128,), shared, a + [R(self.dq)])
+                kkv((self.kv, key_tiles), (128,), shared, a + [R(self.dk), R(self.dv)])
+            run.info = lambda: (kq.info(), kkv.info())
         return run
 
     def backward_wgmma(self, make_delta):
@@ -441,6 +460,9 @@ def attention():
         ([40], [700], 4, 2, 128, torch.bfloat16, 0, 16, (4, 2, 1), 1e-2),
         ([1, 1, 1], [300, 7, 64], 8, 2, 128, torch.bfloat16, 0, 16, (1, 1, 3), 1e-2),
         ([1, 2], [129, 200], 2, 2, 64, torch.float16, 100, 3, (1, 1, 2), 2e-3),
+        ([70, 1, 33], [0, 5, 40], 6, 2, 80, torch.float32, 0, 0, 64, 1e-5),
+        ([97, 20], [0, 100], 5, 1, 22, torch.float32, 33, 0, 16, 1e-5),
+        ([40, 1], [50, 3], 3, 3, 200, torch.float32, 0, 5, 16, 1e-5),
     ]
     if not args.emulate:
         cases += [([3000, 1, 1000], [0, 50, 1000], 32, 8, 128, torch.bfloat16, 0, 0, (4, 2, 1), 1e-2), ([2000], [100], 32, 8, 128, torch.bfloat16, 512, 16, (4, 2, 1), 1e-2)]
@@ -448,19 +470,20 @@ def attention():
         a = Attention(lengths, pasts, heads, kv, hd, dtype, window, page)
         out, lse, dq, dk, dv = a.reference()
         name = f"{CTYPE[dtype]} {lengths}+{pasts} {heads}/{kv}×{hd} w{window} p{page} "
-        a.plain()()
-        check(name + "plain out", a.out, out, tol); check(name + "plain lse", a.lse, lse, 1e-4)
-        a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
-        a.mma(*shape)()
-        check(name + "mma out", a.out, out, tol); check(name + "mma lse", a.lse, lse, 1e-4)
-        if page % 8 == 0:
+        plainly = dtype == torch.float32
+        runs = dict(plain=a.plain(), few=a.plain(16), parts=a.plain(16, 3))
+        if not plainly:
+            runs["mma"] = a.mma(*shape)
+            if page % 8 == 0:
+                runs["wgmma"] = a.wgmma()
+        for path, run in runs.items():
             a.out.fill_(float("nan")); a.lse.fill_(float("nan"))
-            a.wgmma()()
-            check(name + "wgmma out", a.out, out, tol); check(name + "wgmma lse", a.lse, lse, 1e-4)
+            run()
+            check(name + path + " out", a.out, out, tol); check(name + path + " lse", a.lse, lse, 1e-4)
         if page:
             continue
-        for path in ("plain", "mma", "wgmma"):
-            a.backward(path)()
+        for path in ("plain",) if plainly else ("plain", "mma", "wgmma"):
+            a.backward(path, shape if plainly else 64)()
             for n, g, r in (("dq", a.dq, dq), ("dk", a.dk, dk), ("dv", a.dv, dv)):
                 check(name + path + " " + n, g, r, 2 * tol)
     if args.emulate:
@@ -501,6 +524,19 @@ def attention():
             print(f"    {name:5} forward {show(us)}  backward {show(back, 5)}  {info.get(name, '')}", flush=True)
 
 
+    for heads, kv, hd in ((9, 3, 64), (32, 8, 128)):
+        a = Attention([4096], [0], heads, kv, hd, torch.float32)
+        flop = 4096 * 4096 * 2 * heads * hd
+        run, back = a.plain(), a.backward("plain")
+        us, back_us = time_us(run, 5), time_us(back, 3)
+        print(f"  f32, 4096 tokens, {heads}/{kv} × {hd}: forward {us:8.0f} µs {flop / us / 1e6:6.1f}  backward {back_us:8.0f} µs {flop * 2.5 / back_us / 1e6:6.1f}  {run.info()} {back.info()}")
+        q = a.q.view(1, 4096, heads, hd).transpose(1, 2).detach().requires_grad_()
+        k, v = (x.view(1, 4096, kv, hd).transpose(1, 2).repeat_interleave(heads // kv, 1).detach().requires_grad_() for x in (a.k, a.v))
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True); do = torch.randn_like(o)
+            us = time_us(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), 5)
+            back_us = time_us(lambda: torch.autograd.grad(o, (q, k, v), do, retain_graph=True), 3)
+        print(f"    PyTorch's memory-efficient attention: forward {us:8.0f} µs {flop / us / 1e6:6.1f}  backward {back_us:8.0f} µs {flop * 2.5 / back_us / 1e6:6.1f}")
     run = Attention([16384], [0], 32, 8, 128, torch.bfloat16, page_size=64).wgmma()
     us = time_us(run, 5)
     print(f"  16384 tokens, 32/8 × 128, keys in pages of 64: wgmma forward {us:8.0f} µs {16384 * 16384 * 2 * 32 * 128 / us / 1e6:6.0f}")

@@ -1,56 +1,105 @@
-// Causal grouped-query attention over segments, forward, for any head size and storage: query head j reads the key head
-// j / (heads / kv_heads); out = Σ p·v with p = exp(scale·q·k − lse), lse = ln Σ exp(scale·q·k), over the keys
-// position − window + 1 ..= position of its segment. attention_mma.cu is the fast path.
+// Causal grouped-query attention over segments, forward, for any head size and storage, with f32 products: query head j reads
+// the key head j / (heads / kv_heads); out = Σ p·v with p = exp(scale·q·k − lse), lse = ln Σ exp(scale·q·k), over the keys
+// position − window + 1 ..= position of its segment. attention_mma.cu is the fast path of 16 bits.
 //
-// A warp a query and head: WARPS queries a block, heads along y. It takes 32 keys at a time, a lane a key, for the
-// scores, with the running largest score and sum of an online softmax; then a lane has every 32nd column of out, and
-// adds the values key after key.
+// A block has ROWS rows of the queries of one key head's group, query after query with the group's heads of each, and goes over
+// tiles of COLS keys, counted from position 0, with an online softmax. Blocks along x are key heads, along y tiles of rows, the
+// last (longest) first; along z parts of the keys: with more than one, each leaves its own out and lse in `partial`, for
+// attention_combine.cu.
 //
-// Macros: T_Q, T_KV, T_OUT, HEAD_DIM. Source: Milakov and Gimelshein, arXiv:1805.02867.
-#include "attention.cuh"
+// Shared memory: ((ROWS + 2·COLS)·ROW_VALUES + ROWS·WEIGHT_ROW + COLS)·4 bytes. Macros: T_Q, T_KV, T_OUT, those of
+// attention_tiles.cuh. Source: Milakov and Gimelshein, arXiv:1805.02867.
+#include "attention_tiles.cuh"
 
-#define WARPS 4
-#define PIECES ((HEAD_DIM + WARP - 1) / WARP)
-
-extern "C" __global__ void __launch_bounds__(WARPS * WARP)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention(Rows<const T_Q> q, KEYS, const Segment* segments, int capacity, long long tokens, int group, float scale,
-              long long window, Rows<T_OUT> out, Rows<float> lse) {
-    __shared__ int owner[WARPS];
-    __shared__ float query[WARPS][HEAD_DIM];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.y;
-    long long first = blockIdx.x * (long long)WARPS, row = first + warp;
-    find_owners(segments, capacity, tokens, first, min((long long)WARPS, tokens - first), owner);
-    if (row >= tokens || owner[warp] < 0) return;
-    for (int d = lane; d < HEAD_DIM; d += WARP) query[warp][d] = scale * load(q.row(row) + head * HEAD_DIM + d);
-    __syncwarp();
-    Segment segment = segments[owner[warp]];
-    long long position = segment.past + (row - segment.start);
-    k.data += head / group * HEAD_DIM;
-    v.data += head / group * HEAD_DIM;
-    float sum = 0.0f, largest = -INFINITE, total[PIECES] = {};
-    for (long long base = first_seen(position, window); base <= position; base += WARP) {
-        long long from = -1;
-        if (base + lane <= position)
-            from = key_row(segment, base + lane, key_rows, pages, slots, pages_a_slot, page_size);
-        float score = 0.0f;
-        if (from >= 0)
-            for (int d = 0; d < HEAD_DIM; ++d) score = fmaf(query[warp][d], load(k.row(from) + d), score);
-        float now = fmaxf(largest, warp_max(from >= 0 ? score : -INFINITE));
-        if (now == -INFINITE) continue;
-        float p = from >= 0 ? expf(score - now) : 0.0f, correction = expf(largest - now);
-        largest = now;
-        sum = sum * correction + warp_sum(p);
-        for (int i = 0; i < PIECES; ++i) total[i] *= correction;
-        for (int j = 0; j < WARP; ++j) {
-            float weight = __shfl_sync(WHOLE_WARP, p, j);
-            long long value_row = __shfl_sync(WHOLE_WARP, from, j);
-            if (value_row < 0) continue;
-            for (int i = 0; i < PIECES; ++i)
-                if (i * WARP + lane < HEAD_DIM)
-                    total[i] = fmaf(weight, load(v.row(value_row) + i * WARP + lane), total[i]);
+              long long window, Rows<T_OUT> out, Rows<float> lse, float* partial_out, float* partial_lse) {
+    H1_DYNAMIC_SHARED(shared);
+    float *q_tile = reinterpret_cast<float*>(shared), *k_tile = q_tile + ROWS * ROW_VALUES, *v_tile = k_tile + COLS * ROW_VALUES;
+    float *weights = v_tile + COLS * ROW_VALUES, *hidden = weights + ROWS * WEIGHT_ROW;
+    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, ROWS, group);
+    if (tile.count == 0) return;
+    Segment segment = tile.segment;
+    int kv_head = blockIdx.x, heads = gridDim.x * group, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    int position0 = segment.past + tile.first / group, last = segment.past + (tile.first + tile.count - 1) / group;
+    int first = first_seen(position0, window);
+    k.data += kv_head * HEAD_DIM;
+    v.data += kv_head * HEAD_DIM;
+    auto query_of = [&](int row) { return (long long)segment.start + (tile.first + row) / group; };
+    auto head_of = [&](int row) { return kv_head * group + (tile.first + row) % group; };
+
+    // This block's part of the key tiles.
+    int from_tile = first / COLS, a_part = (last / COLS - from_tile + int(gridDim.z)) / int(gridDim.z);
+    from_tile += a_part * int(blockIdx.z);
+    int to_tile = min(from_tile + a_part, last / COLS + 1);
+
+    bool wide = aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0;
+    load_tile<ROWS, T_Q>(q_tile, wide, [&](int row) -> const T_Q* {
+        return row < tile.count ? q.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
+    });
+    float total[OWN_ROWS][OWN_VALUES] = {}, largest[OWN_ROWS], sum[OWN_ROWS] = {};
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) largest[i] = -INFINITE;
+    for (int key_tile = from_tile; key_tile < to_tile; ++key_tile) {
+        int key0 = key_tile * COLS;
+        __syncthreads();
+        auto row_of_key = [&](int col) {
+            int position = key0 + col;
+            if (position < first || position > last) return -1ll;
+            return key_row(segment, position, key_rows, pages, slots, pages_a_slot, page_size);
+        };
+        auto load_keys = [&](float* to, Rows<const T_KV> rows) {
+            load_tile<COLS, T_KV>(to, aligned(rows), [&](int col) -> const T_KV* {
+                long long row = row_of_key(col);
+                return row < 0 ? nullptr : rows.row(row);
+            });
+        };
+        load_keys(k_tile, k);
+        load_keys(v_tile, v);
+        for (int col = threadIdx.x; col < COLS; col += THREADS) hidden[col] = row_of_key(col) < 0 ? -INFINITE : 0.0f;
+        __syncthreads();
+        float scores[OWN_ROWS][OWN_COLS] = {};
+        multiply_rows(scores, q_tile, k_tile);
+#pragma unroll
+        for (int i = 0; i < OWN_ROWS; ++i) {
+            // Keys of this tile that the query sees.
+            int end = segment.past + (tile.first + y + i * 16) / group - key0, begin = first_seen(end, window);
+            float now = largest[i];
+#pragma unroll
+            for (int j = 0; j < OWN_COLS; ++j) {
+                int col = x + j * 8;
+                scores[i][j] = col >= begin && col <= end ? fmaf(scale, scores[i][j], hidden[col]) : -INFINITE;
+                now = fmaxf(now, scores[i][j]);
+            }
+            now = row_max(now);
+            // A row that has seen no key yet has no largest score: 0 keeps its sums 0.
+            float base = now == -INFINITE ? 0.0f : now, correction = expf(largest[i] - base);
+            largest[i] = now;
+            sum[i] *= correction;
+#pragma unroll
+            for (int j = 0; j < OWN_COLS; ++j) {
+                scores[i][j] = expf(scores[i][j] - base);
+                sum[i] += scores[i][j];
+            }
+#pragma unroll
+            for (int j = 0; j < OWN_VALUES; ++j) total[i][j] *= correction;
         }
+        leave(weights, scores);
+        add_weighted(total, weights, v_tile);
     }
-    for (int i = 0; i < PIECES; ++i)
-        if (i * WARP + lane < HEAD_DIM) store(out.row(row) + head * HEAD_DIM + i * WARP + lane, total[i] / sum);
-    if (lse.data && lane == 0) lse.row(row)[head] = largest + logf(sum);
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) {
+        int row = y + i * 16;
+        float all = row_sum(sum[i]), inverse = all > 0.0f ? 1.0f / all : 0.0f, row_lse = largest[i] + logf(all);
+        if (row >= tile.count) continue;
+        long long query = query_of(row), head = head_of(row);
+        if (gridDim.z > 1) {
+            long long at_part = (blockIdx.z * tokens + query) * heads + head;
+            if (x == 0) partial_lse[at_part] = all > 0.0f ? row_lse : -INFINITE;
+            store_row(partial_out + at_part * HEAD_DIM, total[i], inverse);
+            continue;
+        }
+        store_row(out.row(query) + head * HEAD_DIM, total[i], inverse);
+        if (lse.data && x == 0) lse.row(query)[head] = row_lse;
+    }
 }

@@ -24,3 +24,25 @@ H1_DEVICE long long key_row(Segment segment, long long position, long long key_r
 H1_DEVICE long long first_seen(long long position, long long window) {
     return window > 0 ? max(0ll, position + 1 - window) : 0;
 }
+
+// The part of a segment that a block has: `count` rows from `first` on; none if the index is past the last.
+struct SegmentTile {
+    Segment segment = {};
+    int first = 0, count = 0;
+
+    // Tiles of `size` rows, of which a query has `a_query`; or, if that is 0, of all keys; segment after segment.
+    H1_DEVICE SegmentTile(const Segment* segments, int capacity, long long tokens, int tile, int size, int a_query) {
+        for (int s = 0; s < capacity; ++s) {
+            segment = segments[s];
+            long long end = (long long)segment.past + segment.len, rows = a_query ? (long long)segment.len * a_query : end;
+            if (segment.len == 0 || !segment.lies_in(tokens) || max(end, rows) > 0x7fffffff) continue;
+            int all = rows, tiles = (all - 1) / size + 1;
+            if (tile < tiles) {
+                first = tile * size;
+                count = min(size, all - first);
+                return;
+            }
+            tile -= tiles;
+        }
+    }
+};

@@ -1,16 +1,16 @@
-// The gradients of attention (attention.cu) for any head size and storage. With p as there from the saved lse and
-// δ = Σ dout·out of a query: ds = p·(dout·v − δ), dq = scale·Σ ds·k, dk = scale·Σ ds·q, dv = Σ p·dout.
+// The gradients of attention (attention.cu) for any head size and storage, with f32 products. With p as there from the saved
+// lse and δ = Σ dout·out of a query: ds = p·(dout·v − δ), dq = scale·Σ ds·k, dk = scale·Σ ds·q, dv = Σ p·dout.
 //
-// attention_delta: a warp a query and head leaves δ in `delta`, [tokens][heads]. attention_dq: a warp a query and head
-// goes over its keys in order. attention_dkv: a warp a key and key head goes over the queries that see it, head after
-// head of the group. In both, 32 rows at a time, a lane a row, for the products; then a lane has every 32nd column.
-// A key of no segment has a gradient of 0.
+// attention_delta: a warp a query and head leaves δ in `delta`, [tokens][heads]. attention_dq: a block has ROWS rows of
+// queries as in attention.cu, and goes over the keys that they see. attention_dkv: a block has ROWS keys of a key head, and
+// goes over the rows of the queries that see them, in order. attention_no_keys: a key of no segment has a gradient of 0.
 //
-// Macros: T_Q, T_KV, T_OUT, T_DOUT, T_DQ, T_DKV, HEAD_DIM. Source: Dao et al., arXiv:2205.14135, appendix B.
-#include "attention.cuh"
+// Shared memory: (2·(ROWS + COLS)·ROW_VALUES + ROWS·WEIGHT_ROW)·4 bytes, and 2·COLS·4 for attention_dkv.
+// Macros: T_Q, T_KV, T_OUT, T_DOUT, T_DQ, T_DKV, those of attention_tiles.cuh. Source: Dao et al., arXiv:2205.14135,
+// appendix B.
+#include "attention_tiles.cuh"
 
 #define WARPS 4
-#define PIECES ((HEAD_DIM + WARP - 1) / WARP)
 
 extern "C" __global__ void __launch_bounds__(WARPS * WARP)
     attention_delta(Rows<const T_OUT> out, Rows<const T_DOUT> dout, long long tokens, int heads, float* delta) {
@@ -25,102 +25,158 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP)
     if (threadIdx.x % WARP == 0) delta[i] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * WARP, 4)
-    attention_dq(Rows<const T_Q> q, Rows<const T_KV> k, Rows<const T_KV> v, long long key_rows,
-                 const Segment* segments, int capacity, long long tokens, int heads, int group, float scale,
-                 long long window, Rows<const float> lse, const float* delta, Rows<const T_DOUT> dout, Rows<T_DQ> dq) {
-    __shared__ int owner[WARPS];
-    __shared__ float query[WARPS][HEAD_DIM], gradient[WARPS][HEAD_DIM];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head = blockIdx.y;
-    long long first = blockIdx.x * (long long)WARPS, row = first + warp;
-    find_owners(segments, capacity, tokens, first, min((long long)WARPS, tokens - first), owner);
-    if (row >= tokens || owner[warp] < 0) return;
-    for (int d = lane; d < HEAD_DIM; d += WARP) {
-        query[warp][d] = scale * load(q.row(row) + head * HEAD_DIM + d);
-        gradient[warp][d] = load(dout.row(row) + head * HEAD_DIM + d);
-    }
-    __syncwarp();
-    Segment segment = segments[owner[warp]];
-    long long position = segment.past + (row - segment.start);
-    k.data += head / group * HEAD_DIM;
-    v.data += head / group * HEAD_DIM;
-    float total[PIECES] = {}, row_lse = lse.row(row)[head], row_delta = delta[row * heads + head];
-    for (long long base = first_seen(position, window); base <= position; base += WARP) {
-        long long from = segment.keys + base + lane;
-        if (base + lane > position || from >= key_rows) from = -1;
-        float score = 0.0f, dp = 0.0f;
-        if (from >= 0)
-            for (int d = 0; d < HEAD_DIM; ++d) {
-                score = fmaf(query[warp][d], load(k.row(from) + d), score);
-                dp = fmaf(gradient[warp][d], load(v.row(from) + d), dp);
-            }
-        float ds = from >= 0 ? expf(score - row_lse) * (dp - row_delta) : 0.0f;
-        for (int j = 0; j < WARP; ++j) {
-            float weight = __shfl_sync(WHOLE_WARP, ds, j);
-            long long key = __shfl_sync(WHOLE_WARP, from, j);
-            if (key < 0) continue;
-            for (int i = 0; i < PIECES; ++i)
-                if (i * WARP + lane < HEAD_DIM)
-                    total[i] = fmaf(weight, load(k.row(key) + i * WARP + lane), total[i]);
-        }
-    }
-    for (int i = 0; i < PIECES; ++i)
-        if (i * WARP + lane < HEAD_DIM) store(dq.row(row) + head * HEAD_DIM + i * WARP + lane, scale * total[i]);
-}
+#define BACKWARD_INPUTS                                                                                                \
+    Rows<const T_Q> q, Rows<const T_KV> k, Rows<const T_KV> v, long long key_rows, const Segment *segments, int capacity, \
+        long long tokens, int heads, int group, float scale, long long window, Rows<const float> lse, const float *delta, \
+        Rows<const T_DOUT> dout
 
-extern "C" __global__ void __launch_bounds__(WARPS * WARP)
-    attention_dkv(Rows<const T_Q> q, Rows<const T_KV> k, Rows<const T_KV> v, long long key_rows,
-                  const Segment* segments, int capacity, long long tokens, int heads, int group, float scale,
-                  long long window, Rows<const float> lse, const float* delta, Rows<const T_DOUT> dout, Rows<T_DKV> dk,
-                  Rows<T_DKV> dv) {
-    __shared__ float key[WARPS][HEAD_DIM], value[WARPS][HEAD_DIM];
-    int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, kv_head = blockIdx.y;
-    long long row = blockIdx.x * (long long)WARPS + warp;
-    if (row >= key_rows) return;
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_dq(BACKWARD_INPUTS, Rows<T_DQ> dq) {
+    H1_DYNAMIC_SHARED(shared);
+    float *q_tile = reinterpret_cast<float*>(shared), *dout_tile = q_tile + ROWS * ROW_VALUES;
+    float *k_tile = dout_tile + ROWS * ROW_VALUES, *v_tile = k_tile + COLS * ROW_VALUES, *weights = v_tile + COLS * ROW_VALUES;
+    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, ROWS, group);
+    Segment segment = tile.segment;
+    if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
+    int kv_head = blockIdx.x, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    int last = segment.past + (tile.first + tile.count - 1) / group;
+    int first = first_seen(segment.past + tile.first / group, window);
     k.data += kv_head * HEAD_DIM;
     v.data += kv_head * HEAD_DIM;
-    for (int d = lane; d < HEAD_DIM; d += WARP) {
-        key[warp][d] = scale * load(k.row(row) + d);
-        value[warp][d] = load(v.row(row) + d);
+    auto query_of = [&](int row) { return (long long)segment.start + (tile.first + row) / group; };
+    auto head_of = [&](int row) { return kv_head * group + (tile.first + row) % group; };
+    load_tile<ROWS, T_Q>(q_tile, aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0, [&](int row) -> const T_Q* {
+        return row < tile.count ? q.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
+    });
+    load_tile<ROWS, T_DOUT>(dout_tile, aligned(dout) && HEAD_DIM * sizeof(T_DOUT) % 16 == 0, [&](int row) -> const T_DOUT* {
+        return row < tile.count ? dout.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
+    });
+    float total[OWN_ROWS][OWN_VALUES] = {}, row_lse[OWN_ROWS], row_delta[OWN_ROWS];
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) {
+        int row = min(y + i * 16, tile.count - 1);
+        row_lse[i] = lse.row(query_of(row))[head_of(row)];
+        row_delta[i] = delta[query_of(row) * heads + head_of(row)];
     }
-    __syncwarp();
-    float dk_total[PIECES] = {}, dv_total[PIECES] = {};
-    for (int s = 0; s < capacity; ++s) {
-        Segment segment = segments[s];
-        long long position = row - segment.keys, end = (long long)segment.past + segment.len;
-        if (!segment.lies_in(tokens) || segment.len == 0 || position < 0 || position >= end) continue;
-        if (window > 0) end = min(end, position + window);
-        for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-            for (long long base = max(position, (long long)segment.past); base < end; base += WARP) {
-                long long from = base + lane < end ? segment.start + (base + lane - segment.past) : -1;
-                float score = 0.0f, dp = 0.0f, p = 0.0f, ds = 0.0f;
-                if (from >= 0) {
-                    const T_Q* q_row = q.row(from) + head * HEAD_DIM;
-                    const T_DOUT* dout_row = dout.row(from) + head * HEAD_DIM;
-                    for (int d = 0; d < HEAD_DIM; ++d) {
-                        score = fmaf(key[warp][d], load(q_row + d), score);
-                        dp = fmaf(value[warp][d], load(dout_row + d), dp);
-                    }
-                    p = expf(score - lse.row(from)[head]);
-                    ds = p * (dp - delta[from * heads + head]);
-                }
-                for (int j = 0; j < WARP; ++j) {
-                    float weight = __shfl_sync(WHOLE_WARP, p, j), slope = __shfl_sync(WHOLE_WARP, ds, j);
-                    long long query = __shfl_sync(WHOLE_WARP, from, j);
-                    if (query < 0) continue;
-                    for (int i = 0; i < PIECES; ++i) {
-                        int d = i * WARP + lane;
-                        if (d >= HEAD_DIM) continue;
-                        dk_total[i] = fmaf(slope, load(q.row(query) + head * HEAD_DIM + d), dk_total[i]);
-                        dv_total[i] = fmaf(weight, load(dout.row(query) + head * HEAD_DIM + d), dv_total[i]);
-                    }
-                }
+    for (int key0 = first / COLS * COLS; key0 <= last; key0 += COLS) {
+        __syncthreads();
+        auto load_keys = [&](float* to, Rows<const T_KV> rows) {
+            load_tile<COLS, T_KV>(to, aligned(rows), [&](int col) -> const T_KV* {
+                return key0 + col >= first && key0 + col <= last ? rows.row((long long)segment.keys + key0 + col) : nullptr;
+            });
+        };
+        load_keys(k_tile, k);
+        load_keys(v_tile, v);
+        __syncthreads();
+        float scores[OWN_ROWS][OWN_COLS] = {}, slopes[OWN_ROWS][OWN_COLS] = {};
+        multiply_rows(scores, q_tile, k_tile);
+        multiply_rows(slopes, dout_tile, v_tile);
+#pragma unroll
+        for (int i = 0; i < OWN_ROWS; ++i) {
+            // Keys of this tile that the query sees.
+            int end = segment.past + (tile.first + y + i * 16) / group - key0, begin = first_seen(end, window);
+#pragma unroll
+            for (int j = 0; j < OWN_COLS; ++j) {
+                int col = x + j * 8;
+                float p = col >= begin && col <= end ? expf(fmaf(scale, scores[i][j], -row_lse[i])) : 0.0f;
+                slopes[i][j] = p * (slopes[i][j] - row_delta[i]);
             }
+        }
+        leave(weights, slopes);
+        add_weighted(total, weights, k_tile);
     }
-    for (int i = 0; i < PIECES; ++i) {
-        int d = i * WARP + lane;
-        if (d >= HEAD_DIM) continue;
-        store(dk.row(row) + kv_head * HEAD_DIM + d, scale * dk_total[i]);
-        store(dv.row(row) + kv_head * HEAD_DIM + d, dv_total[i]);
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) {
+        int row = y + i * 16;
+        if (row < tile.count) store_row(dq.row(query_of(row)) + head_of(row) * HEAD_DIM, total[i], scale);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    attention_dkv(BACKWARD_INPUTS, Rows<T_DKV> dk, Rows<T_DKV> dv) {
+    H1_DYNAMIC_SHARED(shared);
+    float *k_tile = reinterpret_cast<float*>(shared), *v_tile = k_tile + ROWS * ROW_VALUES;
+    float *q_tile = v_tile + ROWS * ROW_VALUES, *dout_tile = q_tile + COLS * ROW_VALUES;
+    float *weights = dout_tile + COLS * ROW_VALUES, *of_lse = weights + ROWS * WEIGHT_ROW, *of_delta = of_lse + COLS;
+    SegmentTile tile(segments, capacity, tokens, blockIdx.y, ROWS, 0);
+    Segment segment = tile.segment;
+    long long end_of_keys = (long long)segment.past + segment.len;
+    if (tile.count == 0 || segment.keys + end_of_keys > key_rows) return;
+    int kv_head = blockIdx.x, y = threadIdx.x / 8, x = threadIdx.x % 8;
+    long long row0 = (long long)segment.keys + tile.first;
+    k.data += kv_head * HEAD_DIM;
+    v.data += kv_head * HEAD_DIM;
+    auto load_keys = [&](float* to, Rows<const T_KV> rows) {
+        load_tile<ROWS, T_KV>(to, aligned(rows), [&](int row) -> const T_KV* {
+            return row < tile.count ? rows.row(row0 + row) : nullptr;
+        });
+    };
+    load_keys(k_tile, k);
+    load_keys(v_tile, v);
+    // The rows of the queries that see one of the keys.
+    long long seen_last = window > 0 ? min(end_of_keys, tile.first + tile.count - 1 + window) : end_of_keys;
+    int from = max(0, tile.first - int(segment.past)) * group, to = int(seen_last - segment.past) * group;
+    float dk_total[OWN_ROWS][OWN_VALUES] = {}, dv_total[OWN_ROWS][OWN_VALUES] = {};
+    for (int first = from; first < to; first += COLS) {
+        auto query_of = [&](int col) { return (long long)segment.start + (first + col) / group; };
+        auto head_of = [&](int col) { return kv_head * group + (first + col) % group; };
+        __syncthreads();
+        load_tile<COLS, T_Q>(q_tile, aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0, [&](int col) -> const T_Q* {
+            return first + col < to ? q.row(query_of(col)) + head_of(col) * HEAD_DIM : nullptr;
+        });
+        load_tile<COLS, T_DOUT>(dout_tile, aligned(dout) && HEAD_DIM * sizeof(T_DOUT) % 16 == 0, [&](int col) -> const T_DOUT* {
+            return first + col < to ? dout.row(query_of(col)) + head_of(col) * HEAD_DIM : nullptr;
+        });
+        for (int col = threadIdx.x; col < COLS && first + col < to; col += THREADS) {
+            of_lse[col] = lse.row(query_of(col))[head_of(col)];
+            of_delta[col] = delta[query_of(col) * heads + head_of(col)];
+        }
+        __syncthreads();
+        float scores[OWN_ROWS][OWN_COLS] = {}, slopes[OWN_ROWS][OWN_COLS] = {};
+        multiply_rows(scores, k_tile, q_tile);
+        multiply_rows(slopes, v_tile, dout_tile);
+#pragma unroll
+        for (int j = 0; j < OWN_COLS; ++j) {
+            int col = x + j * 8;
+            bool there = first + col < to;
+            // Keys of this tile that the query sees.
+            int end = segment.past + (first + col) / group - tile.first, begin = first_seen(end, window);
+#pragma unroll
+            for (int i = 0; i < OWN_ROWS; ++i) {
+                int row = y + i * 16;
+                bool seen = there && row >= begin && row <= end;
+                float p = seen ? expf(fmaf(scale, scores[i][j], -of_lse[col])) : 0.0f;
+                scores[i][j] = p;
+                slopes[i][j] = seen ? p * (slopes[i][j] - of_delta[col]) : 0.0f;
+            }
+        }
+        leave(weights, scores);
+        add_weighted(dv_total, weights, dout_tile);
+        leave(weights, slopes);
+        add_weighted(dk_total, weights, q_tile);
+    }
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) {
+        int row = y + i * 16;
+        if (row >= tile.count) continue;
+        store_row(dk.row(row0 + row) + kv_head * HEAD_DIM, dk_total[i], scale);
+        store_row(dv.row(row0 + row) + kv_head * HEAD_DIM, dv_total[i], 1.0f);
+    }
+}
+
+// A thread a row.
+extern "C" __global__ void attention_no_keys(const Segment* segments, int capacity, long long key_rows, int width,
+                                             Rows<T_DKV> dk, Rows<T_DKV> dv) {
+    long long threads = (long long)gridDim.x * blockDim.x;
+    for (long long row = blockIdx.x * (long long)blockDim.x + threadIdx.x; row < key_rows; row += threads) {
+        bool queried = false;
+        for (int s = 0; s < capacity; ++s) {
+            long long position = row - segments[s].keys;
+            queried |= segments[s].len > 0 && position >= 0 && position < (long long)segments[s].past + segments[s].len;
+        }
+        if (queried) continue;
+        for (int i = 0; i < width; ++i) {
+            store(dk.row(row) + i, 0.0f);
+            store(dv.row(row) + i, 0.0f);
+        }
     }
 }

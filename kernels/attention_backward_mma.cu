@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_mma(BAC
     SharedAddress q_tile = shared_address(shared), dout_tile = q_tile + ROWS * HEAD_DIM * 2;
     SharedAddress k_tiles = dout_tile + ROWS * HEAD_DIM * 2, v_tiles = k_tiles + 2 * TILE_BYTES;
     int kv_head = blockIdx.x, lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;
-    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, ROWS / group, false);
+    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, ROWS / group, 1);
     Segment segment = tile.segment;
     if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
     long long row0 = segment.start + tile.first;
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 2)
     float* lse_tiles = reinterpret_cast<float*>(shared + 6 * TILE_BYTES);
     float* delta_tiles = lse_tiles + 2 * KEYS_A_TILE;
     int kv_head = blockIdx.x, lane = threadIdx.x % WARP, warp_row = threadIdx.x / WARP * 16;
-    SegmentTile tile(segments, capacity, tokens, blockIdx.y, KEYS_A_TILE, true);
+    SegmentTile tile(segments, capacity, tokens, blockIdx.y, KEYS_A_TILE, 0);
     Segment segment = tile.segment;
     if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
     // Positions of the first query that sees a key of the tile, and one past the last.
@@ -235,24 +235,6 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 2)
         for (int d = 0; d < HEAD_DIM / 8; ++d) {
             to_k[d * 4 + lane % 4] = pack(scale * dk_total[d][r * 2], scale * dk_total[d][r * 2 + 1], T_X{});
             to_v[d * 4 + lane % 4] = pack(dv_total[d][r * 2], dv_total[d][r * 2 + 1], T_X{});
-        }
-    }
-}
-
-// A thread a row.
-extern "C" __global__ void attention_no_keys(const Segment* segments, int capacity, long long key_rows, int width,
-                                             Rows<T_X> dk, Rows<T_X> dv) {
-    long long threads = (long long)gridDim.x * blockDim.x;
-    for (long long row = blockIdx.x * (long long)blockDim.x + threadIdx.x; row < key_rows; row += threads) {
-        bool queried = false;
-        for (int s = 0; s < capacity; ++s) {
-            long long position = row - segments[s].keys;
-            queried |= segments[s].len > 0 && position >= 0 && position < (long long)segments[s].past + segments[s].len;
-        }
-        if (queried) continue;
-        for (int i = 0; i < width; ++i) {
-            store(dk.row(row) + i, 0.0f);
-            store(dv.row(row) + i, 0.0f);
         }
     }
 }

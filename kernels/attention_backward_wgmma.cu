@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     SharedAddress full = shared_address(sums + STAGES * 2 * QUERY_ROWS), empty = full + 8 * STAGES;
     SharedAddress kv_full = empty + 8 * STAGES;
     int kv_head = blockIdx.x, lane = threadIdx.x % WARP, queries = QUERY_ROWS / group;
-    SegmentTile tile(segments, capacity, tokens, blockIdx.y, KEYS_A_BLOCK, true);
+    SegmentTile tile(segments, capacity, tokens, blockIdx.y, KEYS_A_BLOCK, 0);
     Segment segment = tile.segment;
     if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
     // Positions of the first query that sees a key of the tile, and one past the last; tiles of queries.
@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(DQ_THREADS, 1) attention_dq_wgmma(B
     SharedAddress q_tile = shared_address(shared), dout_tile = q_tile + ROWS_BYTES, ring = dout_tile + ROWS_BYTES;
     SharedAddress full = ring + SLOTS * SLOT_BYTES, empty = full + 8 * SLOTS, q_full = empty + 8 * SLOTS;
     int kv_head = blockIdx.x, lane = threadIdx.x % WARP, queries = ROWS / group;
-    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, queries, false);
+    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, queries, 1);
     Segment segment = tile.segment;
     if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
     int row0 = segment.start + tile.first, position0 = segment.past + tile.first, last = position0 + tile.count - 1;

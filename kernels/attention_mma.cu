@@ -4,7 +4,7 @@
 // the heads share every tile of keys and values; M_TILES times 16 rows a warp. Tiles of 64 keys, counted from position
 // 0, come by asynchronous copies into two stages. S = Q·Kᵀ, the online softmax and O += P·V stay in registers, P as the
 // fragments of the next product. Blocks along x are key heads, along y query tiles, the last (longest) first; along z
-// parts of the keys: with more than one, each leaves its own out and lse in `partial`, for attention_combine.
+// parts of the keys: with more than one, each leaves its own out and lse in `partial`, for attention_combine.cu.
 //
 // Shared memory: (ROWS + 4·64)·HEAD_DIM·2 bytes, 96 KiB for 128 rows of 128. Registers: 255, no spills.
 // Macros: those of attention_mma.cuh, WARPS, M_TILES. Source: Dao, arXiv:2307.08691.
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
     SharedAddress q_tile = shared_address(shared), k_tiles = q_tile + ROWS * HEAD_DIM * 2;
     SharedAddress v_tiles = k_tiles + 2 * TILE_BYTES;
     int queries = ROWS / group, kv_head = blockIdx.x;
-    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, queries, false);
+    SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, queries, 1);
     if (tile.count == 0) return;
     Segment segment = tile.segment;
     long long row0 = segment.start + tile.first;
@@ -190,41 +190,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
             for (int d = 0; d < HEAD_DIM / 8; ++d)
                 to[d * 4 + lane % 4] = pack(total[m][d][r * 2] * inverse, total[m][d][r * 2 + 1] * inverse, T_X{});
         }
-}
-
-// A warp a query and head: the parts' sum, in order. A step of decoding has few of them, whose time is that of their reads:
-// AHEAD parts are asked for at once.
-#define AHEAD 8
-extern "C" __global__ void attention_combine(const float* partial_out, const float* partial_lse, int parts,
-                                             long long tokens, int heads, Rows<T_X> out, Rows<float> lse) {
-    after_earlier();
-    long long i = blockIdx.x * (long long)(blockDim.x / WARP) + threadIdx.x / WARP, rows = tokens * heads;
-    if (i >= rows) return;
-    float largest = -INFINITE, sum = 0.0f, total[HEAD_DIM / WARP] = {};
-    int lane = threadIdx.x % WARP;
-    for (int part = lane; part < parts; part += WARP) largest = fmaxf(largest, partial_lse[part * rows + i]);
-    largest = warp_max(largest);
-    if (largest == -INFINITE) return;
-    for (int first = 0; first < parts; first += AHEAD) {
-        float weights[AHEAD], values[AHEAD][HEAD_DIM / WARP];
-#pragma unroll
-        for (int p = 0; p < AHEAD; ++p) {
-            // A part past the last has no weight, as one that saw no key.
-            weights[p] = first + p < parts ? partial_lse[(first + p) * rows + i] : -INFINITE;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / WARP; ++d)
-                values[p][d] = weights[p] > -INFINITE ? partial_out[((first + p) * rows + i) * HEAD_DIM + d * WARP + lane] : 0.0f;
-        }
-#pragma unroll
-        for (int p = 0; p < AHEAD; ++p) {
-            float weight = expf(weights[p] - largest);
-            sum += weight;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM / WARP; ++d) total[d] = fmaf(weight, values[p][d], total[d]);
-        }
-    }
-#pragma unroll
-    for (int d = 0; d < HEAD_DIM / WARP; ++d)
-        store(out.row(i / heads) + i % heads * HEAD_DIM + d * WARP + lane, total[d] / sum);
-    if (lse.data && lane == 0) lse.row(i / heads)[i % heads] = largest + logf(sum);
 }

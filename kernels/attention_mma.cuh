@@ -41,28 +41,6 @@ H1_DEVICE void load_b_columns(unsigned (&b)[2][2], SharedAddress tile, int row, 
     b[0][0] = all[0], b[0][1] = all[1], b[1][0] = all[2], b[1][1] = all[3];
 }
 
-// The part of a segment that a block has: `count` queries or keys from `first` on; none if the index is past the last.
-struct SegmentTile {
-    Segment segment = {};
-    int first = 0, count = 0;
-
-    // Tiles of `size` queries, or of all keys, segment after segment.
-    H1_DEVICE SegmentTile(const Segment* segments, int capacity, long long tokens, int tile, int size, bool keys) {
-        for (int s = 0; s < capacity; ++s) {
-            segment = segments[s];
-            long long end = (long long)segment.past + segment.len;
-            if (segment.len == 0 || !segment.lies_in(tokens) || end > 0x7fffffff) continue;
-            int all = keys ? end : segment.len, tiles = (all - 1) / size + 1;
-            if (tile < tiles) {
-                first = tile * size;
-                count = min(size, all - first);
-                return;
-            }
-            tile -= tiles;
-        }
-    }
-};
-
 // Starts to copy a tile of `ROWS` rows: query after query from `first` on, `group` heads of each; rows from `used` on
 // are 0.
 template <int ROWS, int THREADS>

@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             int round = index / (tiles * heads_together), rest = index % (tiles * heads_together);
             int heads = min(heads_together, kv_heads - round * heads_together);
             bool done = index >= tiles * kv_heads;
-            SegmentTile tile(segments, done ? 0 : capacity, tokens, done ? 0 : tiles - 1 - rest / heads, queries, false);
+            SegmentTile tile(segments, done ? 0 : capacity, tokens, done ? 0 : tiles - 1 - rest / heads, queries, 1);
             if (tile.count == 0 && !done) continue;
             barrier_wait(q_empty, ~known.turn & 1);
             __syncwarp();

@@ -12,6 +12,9 @@ use super::driver::Limits;
 use super::source::{self, ModuleKey, Value};
 use crate::backend::Largest;
 
+/// Bytes of shared memory that a block has beside what it is launched with.
+const RESERVED_BYTES: usize = 1024;
+
 /// The architecture of an H100.
 const H100: (u32, u32) = (9, 0);
 
@@ -45,9 +48,13 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
         }
         all.push(alike(&source::SCAN_SUMS, &["T_DP"], of, &[]));
         for head_dim in [64, 80, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
-            all.push(alike(&source::ATTENTION, &["T_Q", "T_KV", "T_OUT"], of, &[head_dim]));
-            let names = ["T_Q", "T_KV", "T_OUT", "T_DOUT", "T_DQ", "T_DKV"];
-            all.push(alike(&source::ATTENTION_BACKWARD, &names, of, &[head_dim]));
+            for rows in attention::PLAIN_ROWS {
+                let more = [head_dim, ("ROWS", Value::Number(rows as u32))];
+                all.push(alike(&source::ATTENTION, &["T_Q", "T_KV", "T_OUT"], of, &more));
+                let names = ["T_Q", "T_KV", "T_OUT", "T_DOUT", "T_DQ", "T_DKV"];
+                all.push(alike(&source::ATTENTION_BACKWARD, &names, of, &more));
+            }
+            all.push(alike(&source::ATTENTION_COMBINE, &["T_OUT"], of, &[head_dim]));
         }
     }
     for of in &types[1..] {

@@ -47,6 +47,7 @@ sources! {
     SCAN: "scan.cuh";
     SCAN16: "scan16.cuh";
     KEYS: "attention.cuh";
+    PLAIN_TILES: "attention_tiles.cuh";
     TILES: "attention_mma.cuh";
     BOXES: "attention_wgmma.cuh";
     EMBED: "embed.cu";
@@ -72,6 +73,7 @@ sources! {
     SCAN_SUMS: "scan_sums.cu";
     ATTENTION: "attention.cu";
     ATTENTION_BACKWARD: "attention_backward.cu";
+    ATTENTION_COMBINE: "attention_combine.cu";
     ATTENTION_MMA: "attention_mma.cu";
     ATTENTION_BACKWARD_MMA: "attention_backward_mma.cu";
     ATTENTION_WGMMA: "attention_wgmma.cu";
@@ -79,7 +81,7 @@ sources! {
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 9] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &SCAN16, &KEYS, &TILES, &BOXES];
+pub static HEADERS: [&Source; 10] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &SCAN16, &KEYS, &PLAIN_TILES, &TILES, &BOXES];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -8,13 +8,18 @@ mod wgmma;
 pub(in crate::backend::cuda) use trust::AGREES;
 pub(super) use wgmma::forward_module;
 
+use super::RESERVED_BYTES;
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace};
 use crate::backend::cuda::driver::{Arguments, Limits, Pointer, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{DType, Largest, Result, ops};
 
-/// Warps of a block of the plain kernels, WARPS there; each has a row.
+/// Warps of a block of the kernels in which each has a row and head, WARPS there.
 const WARPS: usize = 4;
+/// Rows of a block of the plain kernels, ROWS there: many, or few where there are no more or shared memory is scarce.
+pub(super) const PLAIN_ROWS: [usize; 2] = [64, 16];
+/// The largest head of which a block has many rows.
+const MANY_ROWS_HEAD: usize = 128;
 /// Keys of a tile, KEYS_A_TILE of the kernels.
 const KEYS: usize = 64;
 /// Rows of a block of `attention_dq_mma`, ROWS there.
@@ -70,6 +75,42 @@ struct Pages {
     slots: usize,
     a_slot: usize,
     page_size: usize,
+}
+
+/// Tiles of the plain kernels: `rows` of a block's own, `cols` of those that it goes over, `row_bytes` from one to the next.
+struct PlainTiles {
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+}
+
+impl PlainTiles {
+    /// Those of heads of `head_dim`, of which a block holds `own` times its rows and two times the others.
+    fn new(c: &Call, head_dim: usize, own: usize, few: bool) -> Result<Self> {
+        let cols = if head_dim > 64 { 32 } else { 64 };
+        let row_bytes = head_dim.next_multiple_of(32).saturating_add(4).saturating_mul(4);
+        let sizes = PLAIN_ROWS.map(|rows| PlainTiles { rows, cols, row_bytes });
+        let fits = |tiles: &PlainTiles| {
+            (tiles.rows == PLAIN_ROWS[1] || !few && head_dim <= MANY_ROWS_HEAD)
+                && tiles.shared_bytes(own) + RESERVED_BYTES <= c.limits().shared_bytes
+        };
+        sizes.into_iter().find(fits).ok_or_else(|| c.unsupported("attention", format!("heads of {head_dim}")))
+    }
+
+    fn shared_bytes(&self, own: usize) -> usize {
+        let tiles = (own * self.rows + 2 * self.cols).saturating_mul(self.row_bytes);
+        tiles.saturating_add(4 * (self.rows * (self.cols + 4) + 2 * self.cols))
+    }
+
+    fn define(&self) -> (&'static str, Value) {
+        ("ROWS", Value::Number(self.rows as u32))
+    }
+
+    /// Blocks of key heads and tiles of rows, and of parts.
+    fn blocks(&self, c: &Call, own: usize, kv_heads: usize, tiles: usize, parts: usize) -> Result<Shape> {
+        let grid = [c.int("heads", kv_heads)?, along(c, "tiles of rows", tiles)?, parts as u32];
+        Ok(Shape { grid, block: [128, 1, 1], shared_bytes: self.shared_bytes(own) as u32 })
+    }
 }
 
 /// What a forward call works on, each where it lies.
@@ -133,30 +174,34 @@ fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     let decoding = call.decodes();
     let (warps, m_tiles) = if decoding { (1, 1) } else { (4, 2) };
     let rows = warps * m_tiles * 16;
-    if !on_tensor_cores(shape, rows, &[q, k, v, out]) {
-        let defines = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim];
-        return c.launch((&source::ATTENTION, "attention"), &defines, by_rows(c, q.rows, shape.heads)?, &arguments);
-    }
     let keys = call.pages.map_or(k.rows, |pages| pages.a_slot.saturating_mul(pages.page_size));
     let blocks = call.segments.capacity * shape.kv_heads;
     let parts = if decoding { parts(c.limits(), blocks, keys) } else { 1 };
     let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
     let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
     let arguments = arguments.pointer(partial_out).pointer(partial_lse);
-    let tiles = q.rows / (rows / call.group()) + call.segments.capacity;
-    let grid = [c.int("heads", shape.kv_heads)?, along(c, "tiles of queries", tiles)?, parts as u32];
-    let shared_bytes = ((rows + 4 * KEYS) * shape.head_dim * 2) as u32;
-    let blocks = Shape { grid, block: [32 * warps as u32, 1, 1], shared_bytes };
-    let number = |value: usize| Value::Number(value as u32);
-    let defines = [("T_X", q.of()), head_dim, ("WARPS", number(warps)), ("M_TILES", number(m_tiles))];
-    let source = &source::ATTENTION_MMA;
-    c.launch((source, "attention_mma"), &defines, blocks, &arguments)?;
+    if on_tensor_cores(shape, rows, &[q, k, v, out]) {
+        let tiles = q.rows / (rows / call.group()) + call.segments.capacity;
+        let grid = [c.int("heads", shape.kv_heads)?, along(c, "tiles of queries", tiles)?, parts as u32];
+        let shared_bytes = ((rows + 4 * KEYS) * shape.head_dim * 2) as u32;
+        let blocks = Shape { grid, block: [32 * warps as u32, 1, 1], shared_bytes };
+        let number = |value: usize| Value::Number(value as u32);
+        let defines = [("T_X", q.of()), head_dim, ("WARPS", number(warps)), ("M_TILES", number(m_tiles))];
+        c.launch((&source::ATTENTION_MMA, "attention_mma"), &defines, blocks, &arguments)?;
+    } else {
+        let plain = PlainTiles::new(c, shape.head_dim, 1, decoding)?;
+        let tiles = q.rows * call.group() / plain.rows + call.segments.capacity;
+        let defines = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim, plain.define()];
+        let blocks = plain.blocks(c, 1, shape.kv_heads, tiles, parts)?;
+        c.launch((&source::ATTENTION, "attention"), &defines, blocks, &arguments)?;
+    }
     if parts == 1 {
         return Ok(());
     }
     let arguments = Arguments::new().pointer(partial_out).pointer(partial_lse).int(parts as u32).size(q.rows);
     let arguments = arguments.int(c.int("heads", shape.heads)?).place(out).maybe_place(call.lse);
-    c.launch((source, "attention_combine"), &defines, by_rows(c, q.rows * shape.heads, 1)?, &arguments)
+    let combine = (&source::ATTENTION_COMBINE, "attention_combine");
+    c.launch(combine, &[("T_OUT", out.of()), head_dim], by_rows(c, q.rows * shape.heads, 1)?, &arguments)
 }
 
 /// What a backward call works on, each where it lies.
@@ -205,7 +250,8 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let head_dim = ("HEAD_DIM", Value::Number(c.int("head", shape.head_dim)?));
     let types = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), ("T_DOUT", dout.of()), ("T_DQ", dq.of())];
     let mut defines = types.to_vec();
-    defines.extend([("T_DKV", dk.of()), head_dim]);
+    let plain_tiles = PlainTiles::new(c, shape.head_dim, 2, false)?;
+    defines.extend([("T_DKV", dk.of()), head_dim, plain_tiles.define()]);
     let [delta] = c.scratch([4 * q.rows * shape.heads])?;
 
     let plain = &source::ATTENTION_BACKWARD;
@@ -216,13 +262,16 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let inputs = call.sizes(c, Arguments::new().place(q).place(k).place(v), delta)?.place(dout);
     let (of_dq, of_dkv) = (inputs.clone().place(dq), inputs.place(dk).place(dv));
     if !on_tensor_cores(shape, KEYS, &[q, k, v, dout, dq, dk, dv]) {
-        c.launch((plain, "attention_dq"), &defines, by_rows(c, q.rows, shape.heads)?, &of_dq)?;
-        return c.launch((plain, "attention_dkv"), &defines, by_rows(c, k.rows, shape.kv_heads)?, &of_dkv);
-    }
-    let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
-    if on_h100 {
+        let tiles = q.rows * call.group() / plain_tiles.rows + segments.capacity;
+        let by_queries = plain_tiles.blocks(c, 2, shape.kv_heads, tiles, 1)?;
+        c.launch((plain, "attention_dq"), &defines, by_queries, &of_dq)?;
+        let tiles = k.rows / plain_tiles.rows + segments.capacity;
+        let by_keys = plain_tiles.blocks(c, 2, shape.kv_heads, tiles, 1)?;
+        c.launch((plain, "attention_dkv"), &defines, by_keys, &of_dkv)?;
+    } else if on_h100 {
         wgmma::backward(c, call, delta)?;
     } else {
+        let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
         let kv_heads = c.int("heads", shape.kv_heads)?;
         let query_tiles = along(c, "tiles of queries", q.rows / (DQ_ROWS / call.group()) + segments.capacity)?;
         let key_tiles = along(c, "tiles of keys", k.rows / KEYS + segments.capacity)?;
@@ -239,5 +288,5 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let capacity = c.int("segments", segments.capacity)?;
     let rest = Arguments::new().pointer(segments.table).int(capacity).size(k.rows).int(c.int("columns", dk.cols)?);
     let few = Shape { grid: [64, 1, 1], block: [128, 1, 1], shared_bytes: 0 };
-    c.launch((source, "attention_no_keys"), &defines, few, &rest.place(dk).place(dv))
+    c.launch((plain, "attention_no_keys"), &defines, few, &rest.place(dk).place(dv))
 }

@@ -2,6 +2,7 @@
 //! layer stored in 16 bits, for others `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`; a step of
 //! decoding is `kernels/selective_scan_step.cu`.
 
+use super::RESERVED_BYTES;
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
@@ -17,8 +18,6 @@ const TILE16: usize = 16;
 const TILES16: usize = 2;
 const COMING: usize = 3;
 const PREPARING16: usize = 128;
-/// Bytes of shared memory that a block has beside what it is launched with.
-const RESERVED_BYTES: usize = 1024;
 
 /// Bytes of shared memory of a block of `selective_scan16`: its parts, and the chunks whose values it holds.
 fn scan16_bytes() -> usize {
