@@ -9,13 +9,13 @@
         long long pages_a_slot, int page_size
 
 // The row of a key; −1 if the tables lead outside.
-H1_DEVICE long long key_row(Segment segment, long long position, long long key_rows, const unsigned* pages,
+H1_DEVICE long long key_row(Segment segment, unsigned position, long long key_rows, const unsigned* pages,
                             long long slots, long long pages_a_slot, int page_size) {
-    long long row = segment.keys + position;
+    long long row = (long long)segment.keys + position;
     if (pages) {
-        long long page = position / page_size;
+        unsigned page = position / unsigned(page_size), in_page = position - page * unsigned(page_size);
         if (segment.slot >= slots || page >= pages_a_slot) return -1;
-        row = (long long)pages[segment.slot * pages_a_slot + page] * page_size + position % page_size;
+        row = (long long)pages[segment.slot * pages_a_slot + page] * page_size + in_page;
     }
     return row < key_rows ? row : -1;
 }

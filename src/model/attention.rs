@@ -93,8 +93,8 @@ pub(super) fn attend(
     let projections = [(ids.q, ids.q_bias), (ids.k, ids.k_bias), (ids.v, ids.v_bias)];
     project_side_by_side(call, weights, x, projections, saved.qkv.of(n)?)?;
     let [q, k, v] = saved.qkv(config, n)?;
-    rotate(call, config, inv_freq, q, false)?;
-    rotate(call, config, inv_freq, k, false)?;
+    // Queries and keys lie side by side, heads all.
+    rotate(call, config, inv_freq, saved.qkv.of(n)?.col_range(0, q.cols + k.cols)?, false)?;
     let keys = match call.cache {
         None => Keys::Rows { k, v },
         Some(cache) => {

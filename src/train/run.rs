@@ -95,6 +95,9 @@ impl Run {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => write_text(&path, config)?,
             Err(source) => return Err(Error::io("read", &path)(source)),
         }
+        let keep = keep.max(1);
+        // A process that was killed after it had saved left one too many.
+        remove_old(&checkpoints, keep)?;
         let (saved, bytes) = match steps(&checkpoints)?.pop() {
             None => (None, 0),
             Some(step) => {
@@ -107,7 +110,7 @@ impl Run {
             }
         };
         let metrics = MetricsWriter::resume_at(&folder.join(METRICS), bytes)?;
-        Ok((Run { folder: folder.to_owned(), _lock: lock, metrics, keep: keep.max(1), fresh }, saved))
+        Ok((Run { folder: folder.to_owned(), _lock: lock, metrics, keep, fresh }, saved))
     }
 
     /// Removes the run, if it was this process that started it: for one that cannot take a step.
@@ -144,15 +147,7 @@ impl Run {
             let latest = steps(&checkpoints).ok().and_then(|mut steps| steps.pop());
             Error::NotSaved { step, latest, source: Box::new(source) }
         })?;
-        let mut old = steps(&checkpoints)?;
-        old.truncate(old.len().saturating_sub(self.keep));
-        for step in old {
-            // Renamed first: a folder under a checkpoint's name is always whole.
-            let (path, doomed) = (checkpoint(&checkpoints, step), checkpoints.join(format!(".{STEP}{step}.removed")));
-            fs::rename(&path, &doomed).map_err(Error::io("remove", &path))?;
-            fs::remove_dir_all(&doomed).map_err(Error::io("remove", &doomed))?;
-        }
-        Ok(())
+        remove_old(&checkpoints, self.keep)
     }
 
     fn write_checkpoint<S: Serialize>(
@@ -209,6 +204,19 @@ fn steps(checkpoints: &Path) -> Result<Vec<u64>> {
     }
     steps.sort_unstable();
     Ok(steps)
+}
+
+/// Removes all checkpoints but the last `keep`.
+fn remove_old(checkpoints: &Path, keep: usize) -> Result<()> {
+    let mut old = steps(checkpoints)?;
+    old.truncate(old.len().saturating_sub(keep));
+    for step in old {
+        // Renamed first: a folder under a checkpoint's name is always whole.
+        let (path, doomed) = (checkpoint(checkpoints, step), checkpoints.join(format!(".{STEP}{step}.removed")));
+        fs::rename(&path, &doomed).map_err(Error::io("remove", &path))?;
+        fs::remove_dir_all(&doomed).map_err(Error::io("remove", &doomed))?;
+    }
+    Ok(())
 }
 
 /// Removes what a killed process left half-written or half-removed, here and in the folders below.
@@ -279,6 +287,7 @@ mod tests {
         let checkpoints = folder.path().join(CHECKPOINTS);
         fs::create_dir(checkpoints.join(".step-4.partial-1-2")).unwrap();
         fs::create_dir(checkpoints.join(".step-1.removed")).unwrap();
+        fs::create_dir(checkpoints.join("step-1")).unwrap();
         let (run, saved) = open(folder.path(), true).unwrap();
         let saved = saved.unwrap();
         assert_eq!((saved.step, saved.state, saved.folder), (3, 30, checkpoints.join("step-3")));

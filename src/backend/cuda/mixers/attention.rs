@@ -18,6 +18,8 @@ use crate::backend::{DType, Largest, Result, ops};
 const WARPS: usize = 4;
 /// Rows of a block of the plain kernels, ROWS there: many, or few where there are no more or shared memory is scarce.
 pub(super) const PLAIN_ROWS: [usize; 2] = [64, 16];
+/// Threads of a block of the plain kernels, THREADS there.
+const PLAIN_THREADS: u32 = 128;
 /// The largest head of which a block has many rows.
 const MANY_ROWS_HEAD: usize = 128;
 /// Keys of a tile, KEYS_A_TILE of the kernels.
@@ -26,17 +28,31 @@ const KEYS: usize = 64;
 const DQ_ROWS: usize = 128;
 /// The most parts into which one query's keys are split.
 const MOST_PARTS: usize = 64;
+/// The most blocks that a multiprocessor holds, as parts are counted.
+const MOST_BLOCKS: usize = 8;
+
+/// Times that a step of decoding fills the card with blocks, at most.
+const WAVES: usize = 4;
+/// Tiles of keys whose time a block takes beside its own.
+const TILES_TO_START: usize = 3;
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
     let decoded = largest.segments.saturating_mul(largest.width.saturating_add(largest.heads)).saturating_mul(4);
-    delta.max(decoded.saturating_mul(parts(limits, largest.segments.max(1), largest.keys))).max(wgmma::COUNTER_BYTES)
+    let parts = most_parts(limits.multiprocessors * MOST_BLOCKS, largest.segments.max(1), largest.keys);
+    delta.max(decoded.saturating_mul(parts)).max(wgmma::COUNTER_BYTES)
 }
 
-/// Parts of the keys in a decode step, so that a few blocks go to each multiprocessor and each has a few tiles.
-fn parts(limits: &Limits, blocks: usize, keys: usize) -> usize {
-    (4 * limits.multiprocessors).div_ceil(blocks.max(1)).min(keys.div_ceil(4 * KEYS)).clamp(1, MOST_PARTS)
+/// The most parts of the keys in a step of decoding of so many blocks a part, of which the card holds `room` at once.
+fn most_parts(room: usize, blocks: usize, keys: usize) -> usize {
+    (WAVES * room / blocks).min(keys.div_ceil(4 * KEYS)).clamp(1, MOST_PARTS)
+}
+
+/// As many parts as let the card be done soonest, where a block takes the time of its tiles, and of a few more to start.
+fn parts(room: usize, blocks: usize, keys: usize) -> usize {
+    let time = |&parts: &usize| (blocks * parts).div_ceil(room) * (keys.div_ceil(KEYS * parts) + TILES_TO_START);
+    (1..=most_parts(room, blocks, keys)).min_by_key(time).unwrap_or(1)
 }
 
 /// A warp a row and head.
@@ -106,10 +122,10 @@ impl PlainTiles {
         ("ROWS", Value::Number(self.rows as u32))
     }
 
-    /// Blocks of key heads and tiles of rows, and of parts.
-    fn blocks(&self, c: &Call, own: usize, kv_heads: usize, tiles: usize, parts: usize) -> Result<Shape> {
-        let grid = [c.int("heads", kv_heads)?, along(c, "tiles of rows", tiles)?, parts as u32];
-        Ok(Shape { grid, block: [128, 1, 1], shared_bytes: self.shared_bytes(own) as u32 })
+    /// Blocks of key heads and tiles of rows, for backward.
+    fn blocks(&self, c: &Call, kv_heads: usize, tiles: usize) -> Result<Shape> {
+        let grid = [c.int("heads", kv_heads)?, along(c, "tiles of rows", tiles)?, 1];
+        Ok(Shape { grid, block: [PLAIN_THREADS, 1, 1], shared_bytes: self.shared_bytes(2) as u32 })
     }
 }
 
@@ -174,27 +190,28 @@ fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     let decoding = call.decodes();
     let (warps, m_tiles) = if decoding { (1, 1) } else { (4, 2) };
     let rows = warps * m_tiles * 16;
+    let number = |value: usize| Value::Number(value as u32);
+    let (kernel, defines, threads, tiles, shared_bytes) = if on_tensor_cores(shape, rows, &[q, k, v, out]) {
+        let defines = vec![("T_X", q.of()), head_dim, ("WARPS", number(warps)), ("M_TILES", number(m_tiles))];
+        let shared_bytes = (rows + 4 * KEYS) * shape.head_dim * 2;
+        let tiles = q.rows / (rows / call.group());
+        ((&source::ATTENTION_MMA, "attention_mma"), defines, 32 * warps as u32, tiles, shared_bytes)
+    } else {
+        let plain = PlainTiles::new(c, shape.head_dim, 1, decoding)?;
+        let defines = vec![("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim, plain.define()];
+        let tiles = q.rows * call.group() / plain.rows;
+        ((&source::ATTENTION, "attention"), defines, PLAIN_THREADS, tiles, plain.shared_bytes(1))
+    };
     let keys = call.pages.map_or(k.rows, |pages| pages.a_slot.saturating_mul(pages.page_size));
-    let blocks = call.segments.capacity * shape.kv_heads;
-    let parts = if decoding { parts(c.limits(), blocks, keys) } else { 1 };
+    let room = c.limits().multiprocessors * (c.limits().shared_bytes / shared_bytes).clamp(1, MOST_BLOCKS);
+    let parts = if decoding { parts(room, call.segments.capacity * shape.kv_heads, keys) } else { 1 };
     let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
     let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
     let arguments = arguments.pointer(partial_out).pointer(partial_lse);
-    if on_tensor_cores(shape, rows, &[q, k, v, out]) {
-        let tiles = q.rows / (rows / call.group()) + call.segments.capacity;
-        let grid = [c.int("heads", shape.kv_heads)?, along(c, "tiles of queries", tiles)?, parts as u32];
-        let shared_bytes = ((rows + 4 * KEYS) * shape.head_dim * 2) as u32;
-        let blocks = Shape { grid, block: [32 * warps as u32, 1, 1], shared_bytes };
-        let number = |value: usize| Value::Number(value as u32);
-        let defines = [("T_X", q.of()), head_dim, ("WARPS", number(warps)), ("M_TILES", number(m_tiles))];
-        c.launch((&source::ATTENTION_MMA, "attention_mma"), &defines, blocks, &arguments)?;
-    } else {
-        let plain = PlainTiles::new(c, shape.head_dim, 1, decoding)?;
-        let tiles = q.rows * call.group() / plain.rows + call.segments.capacity;
-        let defines = [("T_Q", q.of()), ("T_KV", k.of()), ("T_OUT", out.of()), head_dim, plain.define()];
-        let blocks = plain.blocks(c, 1, shape.kv_heads, tiles, parts)?;
-        c.launch((&source::ATTENTION, "attention"), &defines, blocks, &arguments)?;
-    }
+    let tiles = along(c, "tiles of queries", tiles + call.segments.capacity)?;
+    let grid = [c.int("heads", shape.kv_heads)?, tiles, parts as u32];
+    let blocks = Shape { grid, block: [threads, 1, 1], shared_bytes: shared_bytes as u32 };
+    c.launch(kernel, &defines, blocks, &arguments)?;
     if parts == 1 {
         return Ok(());
     }
@@ -263,10 +280,10 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let (of_dq, of_dkv) = (inputs.clone().place(dq), inputs.place(dk).place(dv));
     if !on_tensor_cores(shape, KEYS, &[q, k, v, dout, dq, dk, dv]) {
         let tiles = q.rows * call.group() / plain_tiles.rows + segments.capacity;
-        let by_queries = plain_tiles.blocks(c, 2, shape.kv_heads, tiles, 1)?;
+        let by_queries = plain_tiles.blocks(c, shape.kv_heads, tiles)?;
         c.launch((plain, "attention_dq"), &defines, by_queries, &of_dq)?;
         let tiles = k.rows / plain_tiles.rows + segments.capacity;
-        let by_keys = plain_tiles.blocks(c, 2, shape.kv_heads, tiles, 1)?;
+        let by_keys = plain_tiles.blocks(c, shape.kv_heads, tiles)?;
         c.launch((plain, "attention_dkv"), &defines, by_keys, &of_dkv)?;
     } else if on_h100 {
         wgmma::backward(c, call, delta)?;
