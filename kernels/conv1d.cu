@@ -5,7 +5,8 @@
 //
 // conv1d: a block takes `block_rows` rows, CONV_ROWS at most, and blockDim columns, a thread a column: it goes down the rows
 // with the last TAPS inputs in registers, and fills them anew where a segment begins. conv1d_state: a thread a segment and input
-// channel, launched afterwards, so that the state may lie where it lay before.
+// channel, launched afterwards, so that the state may lie where it lay before. conv1d_step does the work of both for a step of
+// decoding, whose segments are short: a thread a segment and input channel, with all output channels that read it.
 //
 // Macros: T_X, T_W, T_OUT, TAPS. Source: Dao-AILab/causal-conv1d; the repeat: jxiw/M1.
 #include "conv1d.cuh"
@@ -71,5 +72,35 @@ extern "C" __global__ void conv1d_state(Rows<const T_X> x, const Segment* segmen
         for (int k = 0; k < TAPS; ++k) last[k] = past_input(x, state_in, slots_in, segment, end - TAPS + k, c);
 #pragma unroll
         for (int k = 0; k < TAPS; ++k) state_out.row(segment.slot)[(long long)c * TAPS + k] = last[k];
+    }
+}
+
+extern "C" __global__ void conv1d_step(Rows<const T_X> x, Rows<const T_W> weight, const T_W* bias, const Segment* segments,
+                                       long long tokens, int channels_in, int head, int repeat, int repeat_first,
+                                       Rows<const float> state_in, long long slots_in, Rows<float> state_out,
+                                       long long slots_out, Rows<T_OUT> out) {
+    after_earlier();
+    Segment segment = segments[blockIdx.x];
+    if (segment.len == 0 || !segment.lies_in(tokens)) return;
+    for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_in; c += gridDim.y * blockDim.x) {
+        float window[TAPS];
+        long long start = segment.start, end = start + segment.len;
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) window[k] = past_input(x, state_in, slots_in, segment, start - TAPS + k, c);
+        for (long long t = start; t < end; ++t) {
+#pragma unroll
+            for (int k = 0; k + 1 < TAPS; ++k) window[k] = window[k + 1];
+            window[TAPS - 1] = load(x.row(t) + c);
+            for (int r = 0; r < repeat; ++r) {
+                int to = (c / head * repeat + r) * head + c % head, filter = repeat_first ? to : c;
+                float sum = bias ? load(bias + filter) : 0.0f;
+#pragma unroll
+                for (int k = 0; k < TAPS; ++k) sum = fmaf(load(weight.row(filter) + k), window[k], sum);
+                store(out.row(t) + to, silu(sum));
+            }
+        }
+        if (!state_out.data || segment.slot >= slots_out) continue;
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) state_out.row(segment.slot)[(long long)c * TAPS + k] = window[k];
     }
 }

@@ -1,11 +1,15 @@
-// Writes the rows of each segment into the pages of its slot, a warp a row: position p of slot s goes to row
-// pages[s, p / page_size]·page_size + p % page_size. Rows that the tables lead outside are passed over.
+// Writes the keys and the values of each segment into the pages of its slot, a warp a row: position p of slot s goes to row
+// pages[s, p / page_size]·page_size + p % page_size. Rows that the tables lead outside are passed over. Blocks along y: keys,
+// values.
 #include "h1.cuh"
 
-extern "C" __global__ void page_write(Rows<const T_X> rows, const Segment* segments, int capacity,
+extern "C" __global__ void page_write(Rows<const T_X> keys, Rows<const T_X> values, const Segment* segments, int capacity,
                                       const unsigned* pages, long long slots, long long pages_a_slot, int page_size,
-                                      Rows<T_OUT> out, long long out_rows, long long tokens, long long width) {
+                                      Rows<T_OUT> all_keys, Rows<T_OUT> all_values, long long out_rows, long long tokens,
+                                      long long width) {
     after_earlier();
+    Rows<const T_X> rows = blockIdx.y ? values : keys;
+    Rows<T_OUT> out = blockIdx.y ? all_values : all_keys;
     int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     bool wide = aligned(rows) && aligned(out);
     for (long long t = blockIdx.x * (long long)warps + threadIdx.x / WARP; t < tokens; t += gridDim.x * (long long)warps) {
@@ -24,9 +28,9 @@ extern "C" __global__ void page_write(Rows<const T_X> rows, const Segment* segme
         long long to = (long long)pages[slot * pages_a_slot + page] * page_size + position % page_size;
         if (to >= out_rows) continue;
         for (long long c = 8 * lane; c < width; c += 8 * WARP) {
-            float values[8];
-            load_eight(values, rows.row(t) + c, width - c, wide);
-            store_eight(out.row(to) + c, values, width - c, wide);
+            float eight[8];
+            load_eight(eight, rows.row(t) + c, width - c, wide);
+            store_eight(out.row(to) + c, eight, width - c, wide);
         }
     }
 }

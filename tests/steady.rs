@@ -158,9 +158,9 @@ fn batch(tokens: usize) -> [Batch; 1] {
     }]
 }
 
-/// Ops of a forward pass with a cache: embedding; norm, q, k and v at once, a rotation, two writes of pages, attention, output;
+/// Ops of a forward pass with a cache: embedding; norm, q, k and v at once, a rotation, a write of pages, attention, output;
 /// norm, three products, −exp, convolution, scan, output; norm, gate and up at once, gated activation, down.
-const ATTENTION: u64 = 7;
+const ATTENTION: u64 = 6;
 const MAMBA: u64 = 8;
 const MLP: u64 = 4;
 const FORWARD: u64 = 1 + 2 * (ATTENTION + MLP) + 2 * (MAMBA + MLP);

@@ -192,15 +192,18 @@ impl Backend for Reference {
 
     fn page_write(&self, op: &ops::PageWrite) -> Result<()> {
         let mut m = self.held();
-        let table = m.table("page_write", &op.segments, op.rows.rows)?;
+        let table = m.table("page_write", &op.segments, op.rows[0].rows)?;
         let of_slots = m.ids(op.pages)?;
-        let pages = table::Pages { table: &of_slots, width: op.pages.cols, page_size: op.page_size, rows: op.out.rows };
+        let (width, rows) = (op.pages.cols, op.out[0].rows);
+        let pages = table::Pages { table: &of_slots, width, page_size: op.page_size, rows };
         pages.check("page_write", &table, true)?;
-        let rows = m.load(op.rows)?;
-        for &[start, len, past, slot, _] in &table {
-            for i in 0..len {
-                let to = op.out.row_range(pages.row(slot, past + i), 1)?;
-                m.store_row(to, &rows.row((start + i) as usize).to_owned(), false)?;
+        for (rows, out) in op.rows.into_iter().zip(op.out) {
+            let rows = m.load(rows)?;
+            for &[start, len, past, slot, _] in &table {
+                for i in 0..len {
+                    let to = out.row_range(pages.row(slot, past + i), 1)?;
+                    m.store_row(to, &rows.row((start + i) as usize).to_owned(), false)?;
+                }
             }
         }
         Ok(())

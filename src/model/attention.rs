@@ -105,9 +105,8 @@ pub(super) fn attend(
                 });
             };
             let (pages, page_size) = (cache.pages(), PAGE_SIZE);
-            for (rows, all) in [(k, all_k), (v, all_v)] {
-                device.page_write(&PageWrite { rows, segments, pages, page_size, out: all.view() })?;
-            }
+            let out = [all_k.view(), all_v.view()];
+            device.page_write(&PageWrite { rows: [k, v], segments, pages, page_size, out })?;
             // Read where they are: in pages they are the same, unless these hold them with fewer bits.
             if call.fresh && all_k.view().dtype == k.dtype {
                 Keys::Rows { k, v }

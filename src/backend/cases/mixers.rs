@@ -128,11 +128,12 @@ pub fn page_write(t: &mut Trial) -> Verdict {
     let (page_size, cols) = (t.one_of(&[1, 3, 16, 32]), t.size(100));
     let (width, table, used) = pages(t, &segments, slots, page_size);
     let pages = t.ids("pages", slots, width, &table)?;
-    let rows = t.input("rows", segments.tokens(), cols)?;
+    let rows = [t.input("keys", segments.tokens(), cols)?, t.input("values", segments.tokens(), cols)?];
     let segments_of = t.segments(&segments)?;
-    let out = t.changed("out", used.len(), cols, 0)?;
+    let out = [t.changed("all_keys", used.len(), cols, 0)?, t.changed("all_values", used.len(), cols, 0)?];
     t.run(|on| {
-        let (rows, segments, pages, out) = (on.view(rows), on.segments(segments_of), on.view(pages), on.view(out));
+        let (rows, out) = (rows.map(|rows| on.view(rows)), out.map(|out| on.view(out)));
+        let (segments, pages) = (on.segments(segments_of), on.view(pages));
         on.device.page_write(&ops::PageWrite { rows, segments, pages, page_size, out })
     })
 }

@@ -235,12 +235,16 @@ impl Backend for Cpu {
 
     fn page_write(&self, op: &ops::PageWrite) -> Result<()> {
         self.call("page_write", |c, _| {
-            let (values, segments) = (c.rows("rows", op.rows)?, c.segments(&op.segments, op.rows.rows)?);
-            let pages = c.pages(segments, op.pages, op.page_size, op.out.rows, true)?;
-            with_float!(c, "out", op.out, T => {
-                rows::page_write(values, segments, pages, op.page_size, &c.rows_mut_of::<T>("out", op.out)?);
-                Ok(())
-            })
+            let segments = c.segments(&op.segments, op.rows[0].rows)?;
+            let pages = c.pages(segments, op.pages, op.page_size, op.out[0].rows, true)?;
+            for (rows, out) in op.rows.into_iter().zip(op.out) {
+                let values = c.rows("rows", rows)?;
+                with_float!(c, "out", out, T => {
+                    rows::page_write(values, segments, pages, op.page_size, &c.rows_mut_of::<T>("out", out)?);
+                    Ok(())
+                })?;
+            }
+            Ok(())
         })
     }
 

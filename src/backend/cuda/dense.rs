@@ -94,19 +94,17 @@ pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
 }
 
 pub(super) fn page_write(c: &mut Call, op: &ops::PageWrite) -> Result<()> {
-    let (rows, out) = (c.floats("rows", op.rows)?, c.floats("out", op.out)?);
+    let (rows, out) = (c.floats("keys", op.rows[0])?, c.floats("all_keys", op.out[0])?);
+    let (values, all_values) = (c.like("values", op.rows[1], &rows)?, c.like("all_values", op.out[1], &out)?);
     let (segments, pages) = (c.segments(&op.segments)?, c.table("pages", op.pages)?);
-    let arguments = Arguments::new().place(&rows).pointer(segments.table).int(c.int("segments", segments.capacity)?);
-    let arguments = arguments.pointer(pages.start).size(pages.rows).size(pages.cols);
-    let arguments = arguments.int(c.int("page", op.page_size)?).place(&out).size(out.rows);
-    let arguments = arguments.size(rows.rows).size(rows.cols);
+    let arguments = Arguments::new().place(&rows).place(&values).pointer(segments.table);
+    let arguments = arguments.int(c.int("segments", segments.capacity)?).pointer(pages.start);
+    let arguments = arguments.size(pages.rows).size(pages.cols).int(c.int("page", op.page_size)?);
+    let arguments = arguments.place(&out).place(&all_values).size(out.rows).size(rows.rows).size(rows.cols);
     let defines = [("T_X", rows.of()), ("T_OUT", out.of())];
-    c.launch(
-        (&source::PAGE_WRITE, "page_write"),
-        &defines,
-        blocks(rows.rows.div_ceil(PAGE_ROWS), 32 * PAGE_ROWS as u32),
-        &arguments,
-    )
+    let mut shape = blocks(rows.rows.div_ceil(PAGE_ROWS), 32 * PAGE_ROWS as u32);
+    shape.grid[1] = 2;
+    c.launch((&source::PAGE_WRITE, "page_write"), &defines, shape, &arguments)
 }
 
 pub(super) fn neg_exp(c: &mut Call, op: &ops::NegExp) -> Result<()> {

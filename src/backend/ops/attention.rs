@@ -169,29 +169,32 @@ impl Checked for AttentionBackward {
     }
 }
 
-/// Writes the rows of each segment into the pages of its slot, at their positions (see [`Keys::Pages`]).
+/// Writes the keys and the values of each segment into the pages of its slot, at their positions (see [`Keys::Pages`]).
 #[derive(Clone, Copy, Debug)]
 pub struct PageWrite {
-    /// `[tokens, width]`.
-    pub rows: View,
+    /// Keys and values, each `[tokens, width]`.
+    pub rows: [View; 2],
     /// Who belongs to whom.
     pub segments: SegmentsView,
     /// `[slots, pages a slot]` u32.
     pub pages: View,
     /// Tokens of a page.
     pub page_size: usize,
-    /// `[page count · page_size, width]`; rows that no token goes to stay as they are.
-    pub out: View,
+    /// Those of all pages, each `[page count · page_size, width]`; rows that no token goes to stay as they are.
+    pub out: [View; 2],
 }
 
 impl Checked for PageWrite {
     fn check(&self, device: DeviceId) -> Result<()> {
         let mut check = Check::new("page_write", device);
         check.require(self.page_size > 0, || "pages of no token".into())?;
-        check.input("rows", self.rows, self.rows.rows, self.rows.cols)?;
-        check.segments(&self.segments, self.rows.rows)?;
+        let ([keys, values], [all_keys, all_values]) = (self.rows, self.out);
+        check.input("keys", keys, keys.rows, keys.cols)?;
+        check.input("values", values, keys.rows, keys.cols)?;
+        check.segments(&self.segments, keys.rows)?;
         check.ids("pages", self.pages, self.pages.rows, self.pages.cols)?;
-        check.output("out", self.out, self.out.rows, self.rows.cols)?;
+        check.output("all_keys", all_keys, all_keys.rows, keys.cols)?;
+        check.output("all_values", all_values, all_keys.rows, keys.cols)?;
         check.finish()
     }
 }

@@ -88,22 +88,28 @@ pub(super) fn scatter_add(call: &mut Call, op: &ops::ScatterAdd) -> Result<()> {
 }
 
 pub(super) fn page_write(call: &mut Call, op: &ops::PageWrite) -> Result<()> {
-    call.check([op.rows, op.segments.table, op.segments.positions, op.pages, op.out])?;
-    for (token, count) in call.row_blocks(&[op.rows]) {
-        let rows = op.rows.row_range(token, count)?;
-        for (row, n) in call.row_blocks(&[op.out]) {
-            call.dispatch(shaders::PAGE_WRITE.kernel("page_write", &[rows.dtype, op.out.dtype]))
+    let ([keys, values], [all_keys, all_values]) = (op.rows, op.out);
+    call.check([keys, values, op.segments.table, op.segments.positions, op.pages, all_keys, all_values])?;
+    write_pages(call, op, keys, all_keys)?;
+    write_pages(call, op, values, all_values)
+}
+
+fn write_pages(call: &mut Call, op: &ops::PageWrite, all: View, out: View) -> Result<()> {
+    for (token, count) in call.row_blocks(&[all]) {
+        let rows = all.row_range(token, count)?;
+        for (row, n) in call.row_blocks(&[out]) {
+            call.dispatch(shaders::PAGE_WRITE.kernel("page_write", &[rows.dtype, out.dtype]))
                 .read(rows)
                 .read(op.segments.table)
                 .read(op.pages)
-                .write(op.out.row_range(row, n)?)
-                .size(op.rows.rows)
+                .write(out.row_range(row, n)?)
+                .size(all.rows)
                 .size(rows.cols)
                 .size(op.segments.table.rows)
                 .size(op.pages.rows)
                 .size(op.pages.cols)
                 .size(op.page_size)
-                .size(op.out.rows)
+                .size(out.rows)
                 .size(token)
                 .size(count)
                 .size(row)

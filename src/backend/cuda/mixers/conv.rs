@@ -32,9 +32,17 @@ pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result
     let slots = state_in.map_or(0, |state| state.rows);
     let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("TAPS", Value::Number(taps))];
 
+    let (head, repeat) = (c.int("head", shape.head)?, c.int("repeat", shape.repeat)?);
+    if x.rows <= 2 * segments.capacity {
+        let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).size(x.rows);
+        let arguments = arguments.int(channels_in).int(head).int(repeat).int(shape.repeat_first.into());
+        let arguments = arguments.maybe_place(state_in).size(slots).maybe_place(state_out);
+        let arguments = arguments.size(state_out.map_or(0, |state| state.rows)).place(&out);
+        let by_inputs = each(segments.capacity, shape.channels_in);
+        return c.launch((&source::CONV1D, "conv1d_step"), &defines, by_inputs, &arguments);
+    }
     let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).int(capacity);
-    let arguments = arguments.size(x.rows).int(channels_out).int(c.int("head", shape.head)?);
-    let arguments = arguments.int(c.int("repeat", shape.repeat)?).int(shape.repeat_first.into());
+    let arguments = arguments.size(x.rows).int(channels_out).int(head).int(repeat).int(shape.repeat_first.into());
     // Where there are few rows, as in a step of decoding, so few a block that every multiprocessor has one.
     let column_blocks = out.cols.div_ceil(THREADS).min(65535);
     let rows = (x.rows * column_blocks / (4 * c.limits().multiprocessors)).clamp(1, ROWS);
