@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         auto row_of_key = [&](int col) {
             int position = key0 + col;
             if (position < first || position > last) return -1ll;
-            return key_row(segment, position, key_rows, pages, slots, pages_a_slot, page_size);
+            return key_row(segment, unsigned(position), key_rows, pages, slots, pages_a_slot, page_size);
         };
         auto load_keys = [&](float* to, Rows<const T_KV> rows) {
             load_tile<COLS, T_KV>(to, aligned(rows), [&](int col) -> const T_KV* {

@@ -44,9 +44,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
 #pragma unroll
         for (int i = 0; i < LOOKED_UP; ++i) {
             int row = i * WARP + lane, position = key_tile * KEYS_A_TILE + warp * ROWS_A_WARP + row;
-            ahead[i] = row < ROWS_A_WARP && position >= first && position <= last
-                           ? key_row(segment, position, key_rows, pages, slots, pages_a_slot, page_size)
-                           : -1;
+            ahead[i] = -1;
+            if (row >= ROWS_A_WARP || position < first || position > last) continue;
+            // One warp has registers left for the fast look-up.
+            ahead[i] = WARPS == 1 ? key_row(segment, unsigned(position), key_rows, pages, slots, pages_a_slot, page_size)
+                                  : key_row(segment, (long long)position, key_rows, pages, slots, pages_a_slot, page_size);
         }
     };
     auto fetch = [&](int key_tile, int stage) {

@@ -164,8 +164,9 @@ const ATTENTION: u64 = 6;
 const MAMBA: u64 = 8;
 const MLP: u64 = 4;
 const FORWARD: u64 = 1 + 2 * (ATTENTION + MLP) + 2 * (MAMBA + MLP);
-/// Dispatches of the WGSL backend for a decoded token, an op each, and for a training step, where sums take several.
-const DISPATCHES_OF_A_TOKEN: u64 = FORWARD + CHOICE;
+/// Dispatches of the WGSL backend for a decoded token, an op each and two for a write of pages, and for a training step, where
+/// sums take several.
+const DISPATCHES_OF_A_TOKEN: u64 = FORWARD + 2 + CHOICE;
 const DISPATCHES_OF_A_STEP: u64 = 219;
 /// Gathered rows, norm, head, choice.
 const CHOICE: u64 = 4;

@@ -33,8 +33,8 @@ const MOST_BLOCKS: usize = 8;
 
 /// Times that a step of decoding fills the card with blocks, at most.
 const WAVES: usize = 4;
-/// Tiles of keys whose time a block takes beside its own.
-const TILES_TO_START: usize = 3;
+/// Tiles of keys whose time a block takes to start.
+const TILES_TO_START: usize = 1;
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
@@ -49,7 +49,7 @@ fn most_parts(room: usize, blocks: usize, keys: usize) -> usize {
     (WAVES * room / blocks).min(keys.div_ceil(4 * KEYS)).clamp(1, MOST_PARTS)
 }
 
-/// As many parts as let the card be done soonest, where a block takes the time of its tiles, and of a few more to start.
+/// As many parts as let the card be done soonest, where a block takes the time of its tiles, and of one more to start.
 fn parts(room: usize, blocks: usize, keys: usize) -> usize {
     let time = |&parts: &usize| (blocks * parts).div_ceil(room) * (keys.div_ceil(KEYS * parts) + TILES_TO_START);
     (1..=most_parts(room, blocks, keys)).min_by_key(time).unwrap_or(1)
