@@ -204,7 +204,8 @@ fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     };
     let keys = call.pages.map_or(k.rows, |pages| pages.a_slot.saturating_mul(pages.page_size));
     let room = c.limits().multiprocessors * (c.limits().shared_bytes / shared_bytes).clamp(1, MOST_BLOCKS);
-    let parts = if decoding { parts(room, call.segments.capacity * shape.kv_heads, keys) } else { 1 };
+    let blocks = call.segments.capacity.max(1) * shape.kv_heads;
+    let parts = if decoding { parts(room, blocks, keys) } else { 1 };
     let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
     let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
     let arguments = arguments.pointer(partial_out).pointer(partial_lse);
