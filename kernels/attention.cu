@@ -21,22 +21,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (tile.count == 0) return;
     Segment segment = tile.segment;
     int kv_head = blockIdx.x, heads = gridDim.x * group, y = threadIdx.x / 8, x = threadIdx.x % 8;
-    int position0 = segment.past + tile.first / group, last = segment.past + (tile.first + tile.count - 1) / group;
-    int first = first_seen(position0, window);
+    QueryRows queries{segment, tile.first, group, kv_head};
+    int last = queries.position(tile.count - 1), first = first_seen(queries.position(0), window);
     k.data += kv_head * HEAD_DIM;
     v.data += kv_head * HEAD_DIM;
-    auto query_of = [&](int row) { return (long long)segment.start + (tile.first + row) / group; };
-    auto head_of = [&](int row) { return kv_head * group + (tile.first + row) % group; };
 
     // This block's part of the key tiles.
     int from_tile = first / COLS, a_part = (last / COLS - from_tile + int(gridDim.z)) / int(gridDim.z);
     from_tile += a_part * int(blockIdx.z);
     int to_tile = min(from_tile + a_part, last / COLS + 1);
 
-    bool wide = aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0;
-    load_tile<ROWS, T_Q>(q_tile, wide, [&](int row) -> const T_Q* {
-        return row < tile.count ? q.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
-    });
+    queries.load<ROWS>(q_tile, q, tile.count);
     float total[OWN_ROWS][OWN_VALUES] = {}, largest[OWN_ROWS], sum[OWN_ROWS] = {};
 #pragma unroll
     for (int i = 0; i < OWN_ROWS; ++i) largest[i] = -INFINITE;
@@ -63,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int i = 0; i < OWN_ROWS; ++i) {
             // Keys of this tile that the query sees.
-            int end = segment.past + (tile.first + y + i * 16) / group - key0, begin = first_seen(end, window);
+            int end = queries.position(y + i * 16) - key0, begin = first_seen(end, window);
             float now = largest[i];
 #pragma unroll
             for (int j = 0; j < OWN_COLS; ++j) {
@@ -92,14 +87,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         int row = y + i * 16;
         float all = row_sum(sum[i]), inverse = all > 0.0f ? 1.0f / all : 0.0f, row_lse = largest[i] + logf(all);
         if (row >= tile.count) continue;
-        long long query = query_of(row), head = head_of(row);
+        long long query = queries.query(row), head = queries.head(row);
         if (gridDim.z > 1) {
             long long at_part = (blockIdx.z * tokens + query) * heads + head;
             if (x == 0) partial_lse[at_part] = all > 0.0f ? row_lse : -INFINITE;
             store_row(partial_out + at_part * HEAD_DIM, total[i], inverse);
             continue;
         }
-        store_row(out.row(query) + head * HEAD_DIM, total[i], inverse);
+        store_row(queries.of(out, row), total[i], inverse);
         if (lse.data && x == 0) lse.row(query)[head] = row_lse;
     }
 }

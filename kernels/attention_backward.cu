@@ -38,24 +38,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_dq(BACKWARD_I
     Segment segment = tile.segment;
     if (tile.count == 0 || (long long)segment.keys + segment.past + segment.len > key_rows) return;
     int kv_head = blockIdx.x, y = threadIdx.x / 8, x = threadIdx.x % 8;
-    int last = segment.past + (tile.first + tile.count - 1) / group;
-    int first = first_seen(segment.past + tile.first / group, window);
+    QueryRows queries{segment, tile.first, group, kv_head};
+    int last = queries.position(tile.count - 1), first = first_seen(queries.position(0), window);
     k.data += kv_head * HEAD_DIM;
     v.data += kv_head * HEAD_DIM;
-    auto query_of = [&](int row) { return (long long)segment.start + (tile.first + row) / group; };
-    auto head_of = [&](int row) { return kv_head * group + (tile.first + row) % group; };
-    load_tile<ROWS, T_Q>(q_tile, aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0, [&](int row) -> const T_Q* {
-        return row < tile.count ? q.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
-    });
-    load_tile<ROWS, T_DOUT>(dout_tile, aligned(dout) && HEAD_DIM * sizeof(T_DOUT) % 16 == 0, [&](int row) -> const T_DOUT* {
-        return row < tile.count ? dout.row(query_of(row)) + head_of(row) * HEAD_DIM : nullptr;
-    });
+    queries.load<ROWS>(q_tile, q, tile.count);
+    queries.load<ROWS>(dout_tile, dout, tile.count);
     float total[OWN_ROWS][OWN_VALUES] = {}, row_lse[OWN_ROWS], row_delta[OWN_ROWS];
 #pragma unroll
     for (int i = 0; i < OWN_ROWS; ++i) {
         int row = min(y + i * 16, tile.count - 1);
-        row_lse[i] = lse.row(query_of(row))[head_of(row)];
-        row_delta[i] = delta[query_of(row) * heads + head_of(row)];
+        row_lse[i] = lse.row(queries.query(row))[queries.head(row)];
+        row_delta[i] = delta[queries.query(row) * heads + queries.head(row)];
     }
     for (int key0 = first / COLS * COLS; key0 <= last; key0 += COLS) {
         __syncthreads();
@@ -73,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_dq(BACKWARD_I
 #pragma unroll
         for (int i = 0; i < OWN_ROWS; ++i) {
             // Keys of this tile that the query sees.
-            int end = segment.past + (tile.first + y + i * 16) / group - key0, begin = first_seen(end, window);
+            int end = queries.position(y + i * 16) - key0, begin = first_seen(end, window);
 #pragma unroll
             for (int j = 0; j < OWN_COLS; ++j) {
                 int col = x + j * 8;
@@ -87,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_dq(BACKWARD_I
 #pragma unroll
     for (int i = 0; i < OWN_ROWS; ++i) {
         int row = y + i * 16;
-        if (row < tile.count) store_row(dq.row(query_of(row)) + head_of(row) * HEAD_DIM, total[i], scale);
+        if (row < tile.count) store_row(queries.of(dq, row), total[i], scale);
     }
 }
 
@@ -117,18 +111,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     int from = max(0, tile.first - int(segment.past)) * group, to = int(seen_last - segment.past) * group;
     float dk_total[OWN_ROWS][OWN_VALUES] = {}, dv_total[OWN_ROWS][OWN_VALUES] = {};
     for (int first = from; first < to; first += COLS) {
-        auto query_of = [&](int col) { return (long long)segment.start + (first + col) / group; };
-        auto head_of = [&](int col) { return kv_head * group + (first + col) % group; };
+        QueryRows queries{segment, first, group, kv_head};
         __syncthreads();
-        load_tile<COLS, T_Q>(q_tile, aligned(q) && HEAD_DIM * sizeof(T_Q) % 16 == 0, [&](int col) -> const T_Q* {
-            return first + col < to ? q.row(query_of(col)) + head_of(col) * HEAD_DIM : nullptr;
-        });
-        load_tile<COLS, T_DOUT>(dout_tile, aligned(dout) && HEAD_DIM * sizeof(T_DOUT) % 16 == 0, [&](int col) -> const T_DOUT* {
-            return first + col < to ? dout.row(query_of(col)) + head_of(col) * HEAD_DIM : nullptr;
-        });
+        queries.load<COLS>(q_tile, q, to - first);
+        queries.load<COLS>(dout_tile, dout, to - first);
         for (int col = threadIdx.x; col < COLS && first + col < to; col += THREADS) {
-            of_lse[col] = lse.row(query_of(col))[head_of(col)];
-            of_delta[col] = delta[query_of(col) * heads + head_of(col)];
+            of_lse[col] = lse.row(queries.query(col))[queries.head(col)];
+            of_delta[col] = delta[queries.query(col) * heads + queries.head(col)];
         }
         __syncthreads();
         float scores[OWN_ROWS][OWN_COLS] = {}, slopes[OWN_ROWS][OWN_COLS] = {};
@@ -139,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             int col = x + j * 8;
             bool there = first + col < to;
             // Keys of this tile that the query sees.
-            int end = segment.past + (first + col) / group - tile.first, begin = first_seen(end, window);
+            int end = queries.position(col) - tile.first, begin = first_seen(end, window);
 #pragma unroll
             for (int i = 0; i < OWN_ROWS; ++i) {
                 int row = y + i * 16;

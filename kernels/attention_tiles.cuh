@@ -40,6 +40,26 @@ H1_DEVICE void load_tile(float* tile, bool wide, RowOf row_of) {
     }
 }
 
+// Rows of the queries of a key head's group from the segment's row `first` on: query after query, the group's heads of each.
+struct QueryRows {
+    Segment segment;
+    int first, group, kv_head;
+
+    H1_DEVICE long long query(int row) const { return (long long)segment.start + (first + row) / group; }
+    H1_DEVICE int position(int row) const { return segment.past + (first + row) / group; }
+    H1_DEVICE int head(int row) const { return kv_head * group + (first + row) % group; }
+    template <class T>
+    H1_DEVICE T* of(Rows<T> rows, int row) const {
+        return rows.row(query(row)) + head(row) * HEAD_DIM;
+    }
+    // Loads `COUNT` of them to a tile, with zeros from `used` on.
+    template <int COUNT, class T>
+    H1_DEVICE void load(float* tile, Rows<const T> rows, int used) const {
+        load_tile<COUNT, T>(tile, aligned(rows) && HEAD_DIM * sizeof(T) % 16 == 0,
+                            [&](int row) -> const T* { return row < used ? of(rows, row) : nullptr; });
+    }
+};
+
 // `out[row][col] += Σ_d a[row][d]·b[col][d]`.
 H1_DEVICE void multiply_rows(float (&out)[OWN_ROWS][OWN_COLS], const float* a, const float* b) {
     int y = threadIdx.x / 8, x = threadIdx.x % 8;

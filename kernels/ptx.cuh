@@ -273,9 +273,6 @@ H1_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[2], float b) {
 #endif
 }
 
-// To the nearest value that `multiply_tf32` counts, halves away from 0.
-H1_DEVICE float tf32_of(float value) { return __uint_as_float(__float_as_uint(value) + 0x1000u); }
-
 // Writes 16 bytes to shared memory.
 H1_DEVICE void store_shared(SharedAddress to, unsigned a, unsigned b, unsigned c, unsigned d) {
 #ifdef __CUDACC__
