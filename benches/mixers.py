@@ -130,7 +130,8 @@ class Scan:
         defs.pop("T_OUT")
         if self.of16:
             names = ("T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP")
-            k = kernel("selective_scan16_backward.cu", "selective_scan16_backward", **self.typed(*names))
+            k = kernel("selective_scan16_backward.cu", "selective_scan16_backward", **self.typed(*names),
+                       T_DB="float" if self.tiles > self.groups_b else x, T_DC=x)
         else:
             k = kernel("selective_scan_backward.cu", "selective_scan_backward", **defs)
         ksum = kernel("scan_sums.cu", "scan_group_sum", T_DP=x)
@@ -151,8 +152,9 @@ class Scan:
                              Rows(0, 0), L(0)]
         grid, threads = (self.tiles, s), 16 * self.lanes
         if self.of16:
-            a.append(I(self.tiles))
-            grid, threads, shared = (-(-self.tiles // 2), s), 256, 4 * (288 * (8 + 4 + 3 * 16) + 2 * 8 * 144 + 2 * 8 * 528) + 3 * 128 * (16 + 4 * 6 * self.u.element_size())
+            db = R(self.dp, self.cols[1]) if self.pb is None else R(self.pb)
+            a = a[:-9] + [db, R(self.dp, self.cols[2]), P(self.pa), P(self.pd), I(ch), Rows(0, 0), L(0), I(self.tiles)]
+            grid, threads, shared = (-(-self.tiles // 2), s), 256, 2 * (3 * 5760 + 2 * 22400) + 4 * 2 * 512 * 6 + 3 * 128 * 16
         asum = [P(self.pb), L(self.t), I(self.tiles), I(group), I(n), R(self.dp, self.cols[1])]
         aseg = [P(self.pa), P(self.pd), P(self.table), I(s), L(self.t), I(ch), I(n), R(self.da), P(self.dd), P(self.dbias)]
 
@@ -303,9 +305,10 @@ class Attention:
         self.po = torch.empty(parts, self.t, self.heads, self.hd, device=DEV) if parts > 1 else None
         self.pl = torch.full((parts, self.t, self.heads), float("nan"), device=DEV) if parts > 1 else None
         k = kernel("attention_combine.cu", "attention_combine", T_OUT=CTYPE[self.dtype], HEAD_DIM=self.hd)
-        a = [P(self.po), P(self.pl), I(parts), L(self.t), I(self.heads), R(self.out), R(self.lse)]
+        warps = min(8, 2 ** math.ceil(math.log2(-(-parts // 8))))
+        a = [P(self.po), P(self.pl), I(parts), I(warps), L(self.t), I(self.heads), R(self.out), R(self.lse)]
         held = self.po, self.pl
-        return lambda: held and parts > 1 and k(((self.t * self.heads + 3) // 4,), (128,), 0, a)
+        return lambda: held and parts > 1 and k((-(-self.t * self.heads // (8 // warps)),), (256,), 0, a)
 
     def tiles(self):
         """Rows of a block, columns of a tile, and bytes of `rows` and `cols` rows and of weights."""

@@ -18,13 +18,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
                   long long slots, long long pages_a_slot, int page_size, const Segment* segments, int capacity,
                   long long tokens, int group, float scale, long long window, Rows<T_X> out, Rows<float> lse,
                   float* partial_out, float* partial_lse) {
-    after_earlier();
     H1_DYNAMIC_SHARED(shared);
     SharedAddress q_tile = shared_address(shared), k_tiles = q_tile + ROWS * HEAD_DIM * 2;
     SharedAddress v_tiles = k_tiles + 2 * TILE_BYTES;
     int queries = ROWS / group, kv_head = blockIdx.x;
     SegmentTile tile(segments, capacity, tokens, gridDim.y - 1 - blockIdx.y, queries, 1);
-    if (tile.count == 0) return;
+    auto wait_for_earlier = [] { after_earlier(); };
+    if (tile.count == 0) return wait_for_earlier();
     Segment segment = tile.segment;
     long long row0 = segment.start + tile.first;
     int position0 = segment.past + tile.first, last = position0 + tile.count - 1, first = first_seen(position0, window);
@@ -35,7 +35,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
     from_tile += a_part * int(blockIdx.z);
     int to_tile = min(from_tile + a_part, last / KEYS_A_TILE + 1);
 
-    fetch_queries<ROWS, THREADS>(q_tile, q, row0, kv_head * group, group, used);
     // A lane looks up the rows that its warp copies; of one warp, which has registers left, a tile ahead.
     constexpr int ROWS_A_WARP = KEYS_A_TILE / WARPS, LOOKED_UP = (ROWS_A_WARP + WARP - 1) / WARP;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -71,8 +70,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS == 1 ? 3 : 2)
         for (int r = 0; r < 2; ++r) largest[m][r] = -INFINITE;
     float scale_log2 = scale * LOG2_E;
 
+    // Keys in pages that earlier steps wrote need not wait for the launch before this one.
+    bool any = from_tile < to_tile, early = WARPS == 1 && any && pages && (from_tile + 1) * KEYS_A_TILE <= int(segment.past);
+    auto begin = [&] {
+        wait_for_earlier();
+        fetch_queries<ROWS, THREADS>(q_tile, q, row0, kv_head * group, group, used);
+    };
+    if (!early) begin();
     if (WARPS == 1) look_up(from_tile);
-    if (from_tile < to_tile) fetch(from_tile, 0);
+    if (any) fetch(from_tile, 0);
+    if (early) {
+        begin();
+        commit_copies();
+    }
     for (int key_tile = from_tile; key_tile < to_tile; ++key_tile) {
         int stage = (key_tile - from_tile) % 2;
         if (key_tile + 1 < to_tile) {

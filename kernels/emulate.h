@@ -3,8 +3,9 @@
 // Every CUDA thread of a block is a fiber; blocks run one after another. A fiber runs until it meets a barrier or a
 // collective of its warp, then the next one runs, in an order that the launch chooses: 0 ascending, 1 descending,
 // others shuffled anew at every turn. Threads that wait for each other for ever, and lanes of a warp that meet in
-// different collectives, are errors. Before a block its shared memory is filled with NaN. Asynchronous copies arrive
-// when they are waited for, not before. Not modelled: memory ordering, races between blocks, the speed of anything.
+// different collectives, are errors. Before a block its shared memory is filled with NaN. Asynchronous copies arrive at once
+// in order 0, so that one into a place which is still read shows, and in others when they are waited for, not before.
+// Not modelled: memory ordering, races between blocks, the speed of anything.
 //
 // H1_DYNAMIC_SHARED(name) is the block's dynamic shared memory as unsigned char. H1_EXPORT(kernel) gives
 // `const char* h1_launch_kernel(args, grid, block, shared, order)`: args as cuLaunchKernel takes them, grid and block as
@@ -156,8 +157,9 @@ struct Thread {
     const void* asked = nullptr;
 };
 
-// When boxes arrive: as they are asked for, or only when nothing else can go on, in turn or the last one first.
-enum class BoxOrder { AtOnce, InTurn, LastFirst };
+// When copies arrive: as they are asked for, or boxes only when nothing else can go on, in turn or the last one first, and
+// others when they are waited for.
+enum class Arrival { AtOnce, InTurn, LastFirst };
 
 struct Machine {
     std::mutex one_launch;
@@ -170,7 +172,7 @@ struct Machine {
     int votes = 0, vote = 0;
     // Copies that have not arrived yet: with order 0 there are none, otherwise they wait till nothing else can run.
     std::vector<Box> boxes;
-    BoxOrder box_order = BoxOrder::AtOnce;
+    Arrival arrival = Arrival::AtOnce;
     Meeting meetings[16];
     const char* error = nullptr;
     void (*call)(void*) = nullptr;
@@ -306,7 +308,7 @@ inline void run_block(unsigned count, unsigned order, uint64_t& random) {
         if (!m.error && done == count && !m.boxes.empty()) m.error = "a block ended before its copies had arrived";
         if (m.error || done == count) return;
         if (!moved && !m.boxes.empty()) {
-            auto next = m.box_order == BoxOrder::LastFirst ? m.boxes.end() - 1 : m.boxes.begin();
+            auto next = m.arrival == Arrival::LastFirst ? m.boxes.end() - 1 : m.boxes.begin();
             deliver(*next);
             m.boxes.erase(next);
         } else if (done + waiting == count) {
@@ -340,7 +342,7 @@ const char* launch(void (*kernel)(A...), void** args, std::index_sequence<I...>,
     m.shared.reset(memory);
     uint64_t random = order;
     m.boxes.clear();
-    m.box_order = order == 0 ? BoxOrder::AtOnce : order == 1 ? BoxOrder::InTurn : BoxOrder::LastFirst;
+    m.arrival = order == 0 ? Arrival::AtOnce : order == 1 ? Arrival::InTurn : Arrival::LastFirst;
     for (unsigned b = 0; b < blocks && !m.error; ++b) {
         unsigned at = order == 1 ? blocks - 1 - b : b;
         blockIdx = {at % grid[0], at / grid[0] % grid[1], at / (grid[0] * grid[1])};
@@ -359,9 +361,16 @@ const char* launch(void (*kernel)(A...), void** args, const unsigned* grid, cons
     return launch(kernel, args, std::index_sequence_for<A...>{}, grid, block, shared, order);
 }
 
-// Asynchronous copies of the running thread: `bytes` from `from`, then zeros; they arrive in `arrive`.
+inline void arrive_now(const Copy& copy) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
+}
+
+// Asynchronous copies of the running thread: `bytes` from `from`, then zeros; those that are still to come do in `arrive`.
 inline void copy_later(void* to, const void* from, unsigned bytes, unsigned zeros) {
-    machine.running->copies.push_back({to, from, bytes, zeros, machine.running->group});
+    Copy copy{to, from, bytes, zeros, machine.running->group};
+    if (machine.arrival == Arrival::AtOnce) return arrive_now(copy);
+    machine.running->copies.push_back(copy);
 }
 
 inline void commit_copies() { ++machine.running->group; }
@@ -371,8 +380,7 @@ inline void arrive(unsigned pending) {
     Thread& thread = *machine.running;
     std::erase_if(thread.copies, [&](const Copy& copy) {
         if (copy.group + pending >= thread.group) return false;
-        std::memcpy(copy.to, copy.from, copy.bytes);
-        std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
+        arrive_now(copy);
         return true;
     });
 }

@@ -101,7 +101,7 @@ inline void deliver(const Box& box) {
 }
 
 inline void copy_box(const Box& box) {
-    if (machine.box_order == BoxOrder::AtOnce) {
+    if (machine.arrival == Arrival::AtOnce) {
         deliver(box);
     } else {
         machine.boxes.push_back(box);

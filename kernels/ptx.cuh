@@ -8,7 +8,8 @@
 #endif
 
 // Waits until the launches before this one are done, and lets the next one start. A kernel whose file calls it is launched
-// while the one before it still runs (Source::early), and reads and writes nothing before but weights.
+// while the one before it still runs (Source::early), and reads and writes nothing before but weights, tables of a call, and
+// keys that an earlier call stored.
 H1_DEVICE void after_earlier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
@@ -270,6 +271,23 @@ H1_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[2], float b) {
 #else
     float of_a[4] = {a[0], a[1]}, of_b[2] = {b};
     multiply_tf32(c, of_a, of_b);
+#endif
+}
+
+// Writes 1, 2 or 4 words to global memory at once, at multiples of their bytes, if `valid`: a predicate, never a branch.
+template <int WORDS>
+H1_DEVICE void store_global_if(bool valid, void* to, const unsigned (&words)[WORDS]) {
+#ifdef __CUDACC__
+#define H1_IF_VALID "{ .reg .pred valid; setp.ne.u32 valid, %0, 0; @valid st.global."
+    unsigned when = valid;
+    if constexpr (WORDS == 1) asm volatile(H1_IF_VALID "b32 [%1], %2; }" ::"r"(when), "l"(to), "r"(words[0]));
+    if constexpr (WORDS == 2)
+        asm volatile(H1_IF_VALID "v2.b32 [%1], {%2, %3}; }" ::"r"(when), "l"(to), "r"(words[0]), "r"(words[1]));
+    if constexpr (WORDS == 4)
+        asm volatile(H1_IF_VALID "v4.b32 [%1], {%2, %3, %4, %5}; }" ::"r"(when), "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
+#undef H1_IF_VALID
+#else
+    if (valid) std::memcpy(to, words, sizeof words);
 #endif
 }
 

@@ -55,18 +55,20 @@ struct Moving {
     }
 };
 
+// Values of 16 bits that one copy has.
+#define COPIED 8
+using Half = unsigned short;
+template <class T>
+H1_DEVICE Moving<const Half> halves(Rows<const T> rows, long long row, int column, int tokens) {
+    static_assert(sizeof(T) == sizeof(Half));
+    return Moving<const Half>({reinterpret_cast<const Half*>(rows.data), rows.stride}, row, column, tokens);
+}
+
 // `N` neighbouring values as they are in global memory, in whole registers.
 template <class T, int N>
 struct Raw {
     Pack<unsigned, N * sizeof(T) / 4> words;
 
-    // Starts to copy them to shared memory, or zeros where not `valid`; `load_from` there.
-    H1_DEVICE static void copy(unsigned char* to, const T* from, bool valid) {
-        const unsigned char* bytes = reinterpret_cast<const unsigned char*>(from);
-        if constexpr (N * sizeof(T) == 8) copy_async_8(shared_address(to), bytes, valid);
-#pragma unroll
-        for (int i = 0; i + 16 <= int(N * sizeof(T)); i += 16) copy_async(shared_address(to + i), bytes + i, valid);
-    }
     H1_DEVICE void load_from(const unsigned char* from) { words = *reinterpret_cast<const decltype(words)*>(from); }
     H1_DEVICE float operator[](int i) const { return value(i, T{}); }
 
@@ -79,6 +81,15 @@ struct Raw {
         return f16_value(static_cast<unsigned short>(words.values[i / 2] >> i % 2 * 16));
     }
 };
+
+// Stores N neighbouring values at once where they are `valid`, without a branch.
+template <int N, class T>
+H1_DEVICE void store_valid(T* to, const float* values, bool valid) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) store(&pack.values[i], values[i]);
+    store_global_if(valid, to, reinterpret_cast<const Pack<unsigned, N * sizeof(T) / 4>&>(pack).values);
+}
 
 // N values at a place in shared memory.
 template <int N>

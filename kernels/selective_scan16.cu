@@ -50,15 +50,8 @@ H1_DEVICE int row_of(int token) { return token / 2 * TWO_ROWS + token % 2 * 64; 
 enum { OF_U, OF_DELTA, OF_Z, OF_B_VALUES, OF_C_VALUES, KINDS };
 #define A_KIND (TILES * STEPS * 16 * 2)
 #define CHUNKS_HELD (COMING + 4)
-// Values of 16 bytes; a copying thread has them of every second kind.
-#define COPIED 8
+// Threads that copy the values of a kind; each copies of every second kind.
 #define COPYING (STEPS * TILE / COPIED)
-using Half = unsigned short;
-template <class T>
-H1_DEVICE Moving<const Half> halves(Rows<const T> rows, long long row, int column) {
-    static_assert(sizeof(T) == sizeof(Half));
-    return Moving<const Half>({reinterpret_cast<const Half*>(rows.data), rows.stride}, row, column, STEPS);
-}
 
 extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     selective_scan16(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<float> saved, long long saved_rows,
@@ -191,9 +184,9 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     bool odd = role.thread >= COPYING;
     long long first = segment.start + of_token;
     int of_channels = tile.channel + from_value;
-    Moving<const Half> sources[3] = {odd ? halves(delta, first, of_channels) : halves(u, first, of_channels),
-                                     odd ? halves(b, first, tile.b + from_value) : halves(z, first, of_channels),
-                                     halves(c, first, tile.c + from_value)};
+    Moving<const Half> sources[3] = {odd ? halves(delta, first, of_channels, STEPS) : halves(u, first, of_channels, STEPS),
+                                     odd ? halves(b, first, tile.b + from_value, STEPS) : halves(z, first, of_channels, STEPS),
+                                     halves(c, first, tile.c + from_value, STEPS)};
     unsigned char* raw = shared + TILES * A_TILE + role.tile * (A_KIND / TILES);
     auto fetch = [&](int chunk) {
         unsigned char* to = raw + chunk % CHUNKS_HELD * KINDS * A_KIND + odd * A_KIND + copied * 16;

@@ -60,7 +60,10 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
     for of in &types[1..] {
         all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT"], *of, &[]));
         let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
-        all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &[]));
+        for of_b in [*of, types[0]] {
+            let more = [("T_DB", of_b), ("T_DC", *of)];
+            all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &more));
+        }
         for size in [64, 128] {
             let head_dim = ("HEAD_DIM", Value::Number(size as u32));
             for (warps, tiles) in [(4, 2), (1, 1)] {

@@ -16,6 +16,9 @@ use crate::backend::{DType, Largest, Result, ops};
 
 /// Warps of a block of the kernels in which each has a row and head, WARPS there.
 const WARPS: usize = 4;
+/// Warps of a block of `attention_combine`, and parts that a warp asks for at once: WARPS and AHEAD there.
+const COMBINE_WARPS: usize = 8;
+const PARTS_AHEAD: usize = 8;
 /// Rows of a block of the plain kernels, ROWS there: many, or few where there are no more or shared memory is scarce.
 pub(super) const PLAIN_ROWS: [usize; 2] = [64, 16];
 /// Threads of a block of the plain kernels, THREADS there.
@@ -216,10 +219,13 @@ fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     if parts == 1 {
         return Ok(());
     }
-    let arguments = Arguments::new().pointer(partial_out).pointer(partial_lse).int(parts as u32).size(q.rows);
-    let arguments = arguments.int(c.int("heads", shape.heads)?).place(out).maybe_place(call.lse);
-    let combine = (&source::ATTENTION_COMBINE, "attention_combine");
-    c.launch(combine, &[("T_OUT", out.of()), head_dim], by_rows(c, q.rows * shape.heads, 1)?, &arguments)
+    let warps_a_row = parts.div_ceil(PARTS_AHEAD).next_power_of_two().min(COMBINE_WARPS);
+    let arguments = Arguments::new().pointer(partial_out).pointer(partial_lse).int(parts as u32);
+    let arguments = arguments.int(warps_a_row as u32).size(q.rows).int(c.int("heads", shape.heads)?);
+    let arguments = arguments.place(out).maybe_place(call.lse);
+    let blocks = c.int("rows", (q.rows * shape.heads).div_ceil(COMBINE_WARPS / warps_a_row))?;
+    let shape = Shape { grid: [blocks, 1, 1], block: [32 * COMBINE_WARPS as u32, 1, 1], shared_bytes: 0 };
+    c.launch((&source::ATTENTION_COMBINE, "attention_combine"), &[("T_OUT", out.of()), head_dim], shape, &arguments)
 }
 
 /// What a backward call works on, each where it lies.

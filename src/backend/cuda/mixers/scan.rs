@@ -6,18 +6,18 @@ use super::RESERVED_BYTES;
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
-use crate::backend::{Largest, Result, ops};
+use crate::backend::{DType, Largest, Result, ops};
 
 /// Tokens between two states that forward saves for backward, counted from the start of a segment.
 pub(in crate::backend::cuda) const SCAN_CHUNK: usize = 16;
 /// Tokens that are in shared memory at a time, STEPS of the kernels.
 const STEPS: usize = 32;
 /// Channels of a tile of the kernels for 16 states, tiles of a block, chunks that are on their way to shared memory, and
-/// the preparing threads of a block of its backward: TILE, TILES, COMING and TILES·THREADS there.
+/// the stepping threads of a block of its backward: TILE, TILES, COMING and TILES·THREADS there.
 const TILE16: usize = 16;
 const TILES16: usize = 2;
 const COMING: usize = 3;
-const PREPARING16: usize = 128;
+const STEPPING16: usize = 128;
 
 /// Bytes of shared memory of a block of `selective_scan16`: its parts, and the chunks whose values it holds.
 fn scan16_bytes() -> usize {
@@ -25,10 +25,13 @@ fn scan16_bytes() -> usize {
     TILES16 * (2 * half + 3 * 160 * STEPS) + (COMING + 4) * 5 * TILES16 * STEPS * TILE16 * 2
 }
 
-/// Bytes of shared memory of a block of its backward; `row` of a channel's values and `projected` of a value of B and C.
-fn scan16_backward_bytes(row: usize, projected: usize) -> usize {
-    let a_chunk = 288 * (SCAN_CHUNK / 2 + SCAN_CHUNK / 4 + 3 * SCAN_CHUNK) + (2 * 144 + 2 * 528) * SCAN_CHUNK / 2;
-    2 * TILES16 * a_chunk + COMING * PREPARING16 * ((SCAN_CHUNK / 4) * (row + 2 * projected) + 16)
+/// Bytes of shared memory of a block of its backward, where a value of dout has `dout`: its parts, the chunks whose values it
+/// holds, and saved states.
+fn scan16_backward_bytes(dout: usize) -> usize {
+    let inputs = 288 * 3 * SCAN_CHUNK / 4 + 2 * 144 * SCAN_CHUNK / 2;
+    let left = 288 * 3 * SCAN_CHUNK + 2 * (528 * SCAN_CHUNK / 2 + 64);
+    let values = SCAN_CHUNK * TILE16 * (5 * 2 + dout);
+    TILES16 * (3 * inputs + 2 * left + (COMING + 1) * values) + COMING * STEPPING16 * 16
 }
 
 /// How a tile of channels lies in a block.
@@ -286,7 +289,7 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     places.push(saved);
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + dout.dtype.size() + projected;
-    let bytes16 = scan16_backward_bytes(row, projected);
+    let bytes16 = scan16_backward_bytes(dout.dtype.size());
     let in_sixteens = inputs.in_sixteens(c, &op.inputs, &places, &dprojected, bytes16);
     let mut defines = inputs.defines(vector).to_vec();
     let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
@@ -299,25 +302,35 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let [partial_b, partial_c, partial_a, partial_d] =
         c.scratch([by_token[0], by_token[1], 4 * capacity * channels * d_state, 8 * capacity * channels])?;
     let partials = [(partial_b, by_token[0]), (partial_c, by_token[1])];
-    let [given_b, given_c] = partials.map(|(pointer, bytes)| if bytes > 0 { pointer } else { 0 });
     let db = dprojected.columns(op.inputs.b_col, op.inputs.groups_b * d_state);
     let dc = dprojected.columns(op.inputs.c_col, op.inputs.groups_c * d_state);
     let dz = dprojected.columns(op.inputs.z_col.unwrap_or(0), channels);
 
     let arguments = inputs.arguments.clone().place(&saved).size(saved.rows).place(&dout).maybe_place(dstate_out);
     let arguments = arguments.size(dstate_out.map_or(0, |state| state.rows)).place(&du).place(&ddelta).place(&dz);
-    let arguments = arguments.place(&db).place(&dc).pointer(given_b).pointer(given_c).pointer(partial_a);
-    let arguments = arguments.pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
-    let arguments = arguments.size(dstate_in.map_or(0, |state| state.rows));
+    let and_sums = |arguments: Arguments| {
+        let arguments = arguments.pointer(partial_a).pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
+        arguments.size(dstate_in.map_or(0, |state| state.rows))
+    };
     let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
     if in_sixteens {
+        // Where dB, or dC, of tiles lie: in parts that are still to be added, or where they belong.
+        let cols = tiles.count * d_state;
+        let [of_b, of_c] = [(partials[0], db), (partials[1], dc)].map(|((start, bytes), whole)| match bytes {
+            0 => whole,
+            _ => Place { start, dtype: DType::F32, rows: tokens, cols, stride: cols },
+        });
+        let arguments = and_sums(arguments.place(&of_b).place(&of_c));
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
-        let defines = [&[of_u, of_delta, of_p], &types_of_gradients[..]].concat();
+        let defines =
+            [&[of_u, of_delta, of_p, ("T_DB", of_b.of()), ("T_DC", of_c.of())], &types_of_gradients[..]].concat();
         let arguments = arguments.int(tiles.count as u32);
         let shape = inputs.shape16(256, bytes16);
         let source = &source::SELECTIVE_SCAN16_BACKWARD;
         c.launch((source, "selective_scan16_backward"), &defines, shape, &arguments)?;
     } else {
+        let given = partials.map(|(pointer, bytes)| if bytes > 0 { pointer } else { 0 });
+        let arguments = and_sums(arguments.place(&db).place(&dc).pointer(given[0]).pointer(given[1]));
         let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
         if shape.shared_bytes as usize + RESERVED_BYTES > c.limits().shared_bytes {
             return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
