@@ -77,6 +77,10 @@ pub struct Largest {
     pub logits: usize,
     /// Query heads.
     pub heads: usize,
+    /// Key heads.
+    pub kv_heads: usize,
+    /// Columns of queries.
+    pub query_width: usize,
     /// Keys of a sequence.
     pub keys: usize,
     /// Values of a scan's state.

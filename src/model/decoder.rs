@@ -198,6 +198,8 @@ impl ModelConfig {
             segments,
             width: self.intermediate_size.max(self.query_width()).max(self.hidden_size).max(projected),
             heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            query_width: self.query_width(),
             keys: tokens,
             state: mamba.map_or(0, |mamba| mamba.ssm_state()),
             ..Largest::default()

@@ -9,6 +9,9 @@ use super::driver::Pointer;
 use super::real::Context;
 use crate::backend::{Error, Result};
 
+/// Bytes that a plan leaves to the driver, for kernels and recorded steps.
+const OF_DRIVER: usize = 256 << 20;
+
 /// Memory of a card's one stream.
 pub struct Heap {
     source: Source,
@@ -73,20 +76,28 @@ impl Heap {
         self.arena().free(start);
     }
 
-    /// Makes sure that so many bytes are free side by side.
+    /// Makes sure that so many bytes are free side by side, and that the driver has room beside them.
     ///
     /// # Errors
     /// When there is no room: says how much there is.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
-        if self.arena().reserve(bytes, &self.source)? {
+        let (before, made) = (self.free_bytes()?, self.arena().reserve(bytes, &self.source)?);
+        if made && self.free_bytes()? >= OF_DRIVER {
             return Ok(());
         }
+        let what = "weights, activations and all else that the run takes";
+        let of_free = format!("{before} bytes are free, of which {OF_DRIVER} stay for kernels and recorded steps");
+        Err(self.none(bytes, &format!("{what}; {of_free}")))
+    }
+
+    /// Bytes of the card's memory that nobody has.
+    fn free_bytes(&self) -> Result<usize> {
         self.source.context.enter()?;
         let (mut free, mut all) = (0, 0);
         // SAFETY: writes two numbers; the context is current.
         let asked = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut all) };
         self.source.context.check("asking for free memory", asked)?;
-        Err(self.none(bytes, &format!("weights, activations and all else that the run takes; {free} bytes are free")))
+        Ok(free)
     }
 
     fn none(&self, bytes: usize, what: &str) -> Error {

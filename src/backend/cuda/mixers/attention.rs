@@ -34,6 +34,8 @@ const MOST_PARTS: usize = 64;
 /// The most blocks that a multiprocessor holds, as parts are counted.
 const MOST_BLOCKS: usize = 8;
 
+/// Queries a segment, at most, in a step of decoding.
+const QUERIES_DECODED: usize = 2;
 /// Times that a step of decoding fills the card with blocks, at most.
 const WAVES: usize = 4;
 /// Tiles of keys whose time a block takes to start.
@@ -42,9 +44,12 @@ const TILES_TO_START: usize = 1;
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
-    let decoded = largest.segments.saturating_mul(largest.width.saturating_add(largest.heads)).saturating_mul(4);
-    let parts = most_parts(limits.multiprocessors * MOST_BLOCKS, largest.segments.max(1), largest.keys);
-    delta.max(decoded.saturating_mul(parts)).max(wgmma::COUNTER_BYTES)
+    let (room, kv_heads) = (limits.multiprocessors * MOST_BLOCKS, largest.kv_heads.max(1));
+    // The more segments, the fewer parts: together they fill the card WAVES times at most.
+    let parts = largest.segments.saturating_mul(most_parts(room, kv_heads, largest.keys)).min(WAVES * room / kv_heads);
+    let of_a_query = largest.query_width.saturating_add(largest.heads).saturating_mul(4);
+    let decoded = parts.saturating_mul(QUERIES_DECODED).saturating_mul(of_a_query);
+    delta.max(decoded).max(wgmma::COUNTER_BYTES)
 }
 
 /// The most parts of the keys in a step of decoding of so many blocks a part, of which the card holds `room` at once.
@@ -151,7 +156,7 @@ impl Forward {
 
     /// A step of decoding has about a row a segment: few rows a block, and the keys split over many blocks.
     fn decodes(&self) -> bool {
-        self.q.rows <= 2 * self.segments.capacity
+        self.q.rows <= QUERIES_DECODED * self.segments.capacity
     }
 
     /// The arguments of the kernels that run on all cards.
