@@ -86,15 +86,6 @@ H1_DEVICE void copy_async(SharedAddress to, const void* from, bool valid) {
 #endif
 }
 
-// The same of 8 bytes, at multiples of 8.
-H1_DEVICE void copy_async_8(SharedAddress to, const void* from, bool valid) {
-#ifdef __CUDACC__
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0));
-#else
-    emulate::copy_later(to, from, valid ? 8 : 0, valid ? 0 : 8);
-#endif
-}
-
 // Closes a group of the copies started by this thread since the last one.
 H1_DEVICE void commit_copies() {
 #ifdef __CUDACC__
