@@ -468,7 +468,7 @@ impl Driver for Card {
     }
 
     /// A kernel that may be launched early is, but only after another such one: that one has waited for all before it when
-    /// this one starts, so that what this one reads before it waits, weights, is there.
+    /// this one starts, so that what this one reads before it waits, weights and keys of earlier steps, is there.
     fn launch(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         self.context.enter()?;
         let mut parts = self.parts();
