@@ -147,14 +147,15 @@ class Scan:
         self.pd = torch.empty(s, 2, ch, device=DEV)
         pad, size = (n + self.lanes - 1) // self.lanes * self.lanes, self.u.element_size()
         shared = 32 * ((2 if n <= 64 else 1) * size * (4 * 16 + 2 * n) + 16 * 18 + 8 * pad + 4 * 16 * pad + 12 * 24) + 2 * (self.lanes // 2) * self.held * 8 * pad
-        a = self.inputs() + [R(self.saved), L(self.rows), R(self.dout), Rows(0, 0), L(0), R(self.du), R(self.ddelta), R(self.dp, 0),
-                             R(self.dp, self.cols[1]), R(self.dp, self.cols[2]), P(self.pb), P(None), P(self.pa), P(self.pd), I(ch),
-                             Rows(0, 0), L(0)]
+        a = self.inputs() + [R(self.saved), L(self.rows), R(self.dout), Rows(0, 0), L(0), R(self.du), R(self.ddelta), R(self.dp, 0)]
+        sums = [P(self.pa), P(self.pd), I(ch), Rows(0, 0), L(0)]
+        db, dc = R(self.dp, self.cols[1]), R(self.dp, self.cols[2])
         grid, threads = (self.tiles, s), 16 * self.lanes
         if self.of16:
-            db = R(self.dp, self.cols[1]) if self.pb is None else R(self.pb)
-            a = a[:-9] + [db, R(self.dp, self.cols[2]), P(self.pa), P(self.pd), I(ch), Rows(0, 0), L(0), I(self.tiles)]
+            a += [db if self.pb is None else R(self.pb), dc, *sums, I(self.tiles)]
             grid, threads, shared = (-(-self.tiles // 2), s), 256, 2 * (3 * 5760 + 2 * 22400) + 4 * 2 * 512 * 6 + 3 * 128 * 16
+        else:
+            a += [db, dc, P(self.pb), P(None), *sums]
         asum = [P(self.pb), L(self.t), I(self.tiles), I(group), I(n), R(self.dp, self.cols[1])]
         aseg = [P(self.pa), P(self.pd), P(self.table), I(s), L(self.t), I(ch), I(n), R(self.da), P(self.dd), P(self.dbias)]
 

@@ -1,9 +1,9 @@
-// Copies from type to type, filling, scaling.
+// Copies from type to type, filling, scaling: what makes weights, which launches after this one read without a wait, so that
+// none of these is launched early (ptx.cuh), and nothing is right after one.
 #include "h1.cuh"
 
 #ifdef T_X
 extern "C" __global__ void copy(Rows<const T_X> src, Rows<T_OUT> out, int add, long long rows, long long cols) {
-    after_earlier();
     bool wide = aligned(src) && aligned(out);
     EACH_EIGHT(r, c, rows, cols) {
         float values[8];
@@ -13,14 +13,12 @@ extern "C" __global__ void copy(Rows<const T_X> src, Rows<T_OUT> out, int add, l
 }
 #elif defined(T_OUT)
 extern "C" __global__ void fill(float value, Rows<T_OUT> out, long long rows, long long cols) {
-    after_earlier();
     bool wide = aligned(out);
     float values[8] = {value, value, value, value, value, value, value, value};
     EACH_EIGHT(r, c, rows, cols) store_eight(out.row(r) + c, values, cols - c, wide);
 }
 
 extern "C" __global__ void scale(float factor, Rows<T_OUT> x, long long rows, long long cols) {
-    after_earlier();
     bool wide = aligned(x);
     EACH_EIGHT(r, c, rows, cols) {
         float values[8];
@@ -32,7 +30,6 @@ extern "C" __global__ void scale(float factor, Rows<T_OUT> x, long long rows, lo
 }
 #else
 extern "C" __global__ void copy_ids(Rows<const unsigned> src, Rows<unsigned> out, long long rows, long long cols) {
-    after_earlier();
     EACH(r, c, rows, cols) out.row(r)[c] = src.row(r)[c];
 }
 #endif

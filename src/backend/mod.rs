@@ -81,8 +81,6 @@ pub struct Largest {
     pub kv_heads: usize,
     /// Columns of queries.
     pub query_width: usize,
-    /// Keys of a sequence.
-    pub keys: usize,
     /// Values of a scan's state.
     pub state: usize,
     /// Values of a weight whose products have rows of another dtype.

@@ -200,7 +200,6 @@ impl ModelConfig {
             heads: self.num_attention_heads,
             kv_heads: self.num_key_value_heads,
             query_width: self.query_width(),
-            keys: tokens,
             state: mamba.map_or(0, |mamba| mamba.ssm_state()),
             ..Largest::default()
         }

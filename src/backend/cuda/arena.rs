@@ -23,6 +23,12 @@ pub trait Pieces {
     /// # Errors
     /// When the device fails.
     fn take_back(&self, start: Pointer) -> Result<()>;
+
+    /// Bytes that nobody has.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn free_bytes(&self) -> Result<usize>;
 }
 
 /// A piece of device memory.
@@ -97,7 +103,7 @@ impl Arena {
     pub fn allocate(&mut self, bytes: usize, pieces: &impl Pieces) -> Result<Option<Pointer>> {
         let Some(room) = rounded(bytes) else { return Ok(None) };
         let found = self.take(bytes);
-        if found.is_none() && (self.grow(room.max(PIECE), pieces)? || self.reserve(room, pieces)?) {
+        if found.is_none() && (self.grow(room.max(PIECE), 0, pieces)? || self.reserve(room, 0, pieces)?) {
             return Ok(self.take(bytes));
         }
         Ok(found)
@@ -110,19 +116,19 @@ impl Arena {
         }
     }
 
-    /// Makes sure that so many bytes are free side by side, by a piece of that size if need be, for which unused pieces
-    /// go where there is no room otherwise. False where there is none even so.
+    /// Makes sure that so many bytes are free side by side, by a piece of that size if need be, which leaves `beside` bytes to
+    /// others, and for which unused pieces go where there is no room otherwise. False where there is none even so.
     ///
     /// # Errors
     /// When the device fails.
-    pub fn reserve(&mut self, bytes: usize, pieces: &impl Pieces) -> Result<bool> {
+    pub fn reserve(&mut self, bytes: usize, beside: usize, pieces: &impl Pieces) -> Result<bool> {
         let Some(bytes) = rounded(bytes) else { return Ok(false) };
         let mut free = self.0.iter().flat_map(|piece| piece.free.values());
-        if free.any(|&room| room >= bytes) || self.grow(bytes, pieces)? {
+        if free.any(|&room| room >= bytes) || self.grow(bytes, beside, pieces)? {
             return Ok(true);
         }
         self.give_back(pieces)?;
-        self.grow(bytes, pieces)
+        self.grow(bytes, beside, pieces)
     }
 
     /// Gives the pieces back of which nothing is out.
@@ -139,11 +145,14 @@ impl Arena {
         self.0.iter().map(|piece| piece.start)
     }
 
-    /// Adds a piece of so many bytes, if there is one.
-    fn grow(&mut self, bytes: usize, pieces: &impl Pieces) -> Result<bool> {
-        let made = pieces.make(bytes)?;
-        made.into_iter().for_each(|start| self.add(start, bytes));
-        Ok(made.is_some())
+    /// Adds a piece of so many bytes, if there is one that leaves `beside`.
+    fn grow(&mut self, bytes: usize, beside: usize, pieces: &impl Pieces) -> Result<bool> {
+        let Some(start) = pieces.make(bytes)? else { return Ok(false) };
+        if beside > 0 && pieces.free_bytes()? < beside {
+            return pieces.take_back(start).map(|()| false);
+        }
+        self.add(start, bytes);
+        Ok(true)
     }
 }
 
@@ -184,6 +193,10 @@ mod tests {
         fn take_back(&self, start: Pointer) -> Result<()> {
             assert!(self.made.borrow_mut().remove(&start).is_some(), "{start} is no piece");
             Ok(())
+        }
+
+        fn free_bytes(&self) -> Result<usize> {
+            Ok(self.room - self.made.borrow().values().sum::<usize>())
         }
     }
 
@@ -282,7 +295,7 @@ mod tests {
                 Some(start)
             });
             let (mut planned, device) = (Arena::default(), Fake::of(most));
-            prop_assert!(most == 0 || planned.reserve(most - ALIGNMENT, &device).unwrap());
+            prop_assert!(most == 0 || planned.reserve(most - ALIGNMENT, 0, &device).unwrap());
             let taken = go(&mut planned, &steps, |arena, bytes| arena.take(bytes));
             prop_assert_eq!(taken, expected);
         }
@@ -293,7 +306,7 @@ mod tests {
         let (mut arena, device) = (Arena::default(), Fake::of(1 << 40));
         for bytes in [usize::MAX, usize::MAX - ALIGNMENT, usize::MAX / 2, 1 << 41] {
             assert_eq!(arena.allocate(bytes, &device).unwrap(), None, "{bytes}");
-            assert!(!arena.reserve(bytes, &device).unwrap(), "{bytes}");
+            assert!(!arena.reserve(bytes, 0, &device).unwrap(), "{bytes}");
         }
         assert!(arena.0.is_empty());
     }
@@ -308,7 +321,19 @@ mod tests {
         assert!(arena.allocate(1000 * ALIGNMENT, &device).unwrap().is_some());
         assert_eq!(sizes(&arena), [PIECE, 1000 * ALIGNMENT]);
         arena.free(held);
-        assert!(arena.reserve(PIECE + 1, &device).is_ok_and(|reserved| !reserved));
+        assert!(arena.reserve(PIECE + 1, 0, &device).is_ok_and(|reserved| !reserved));
         assert_eq!(sizes(&arena), [1000 * ALIGNMENT]);
+    }
+
+    #[test]
+    fn what_is_reserved_leaves_room_to_others_and_takes_none_where_it_cannot() {
+        let (mut arena, device) = (Arena::default(), Fake::of(10 * ALIGNMENT));
+        let mut reserves = |count, beside| arena.reserve(count * ALIGNMENT, beside * ALIGNMENT, &device).unwrap();
+        assert!(!reserves(8, 3));
+        assert_eq!(device.free_bytes().unwrap(), 10 * ALIGNMENT);
+        assert!(reserves(8, 2));
+        // What is there already asks nothing of others.
+        assert!(reserves(7, 3));
+        assert_eq!(device.free_bytes().unwrap(), 2 * ALIGNMENT);
     }
 }

@@ -229,7 +229,7 @@ impl Call<'_> {
 
     /// Memory for this call alone, in parts of so many bytes, each aligned to 256. What it holds is anything.
     pub fn scratch<const N: usize>(&mut self, bytes: [usize; N]) -> Result<[Pointer; N]> {
-        let padded = bytes.map(|bytes| bytes.next_multiple_of(256));
+        let padded = padded(bytes);
         let mut start = self.state.reserve(self.driver, padded.iter().sum())?;
         Ok(padded.map(|bytes| {
             let part = start;
@@ -270,6 +270,11 @@ impl Call<'_> {
     pub fn int(&self, what: &'static str, value: usize) -> Result<u32> {
         u32::try_from(value).ok().filter(|&value| value <= i32::MAX as u32).ok_or(Error::Size { what, value })
     }
+}
+
+/// Bytes that parts of scratch take, each aligned to 256.
+pub(super) fn padded<const N: usize>(bytes: [usize; N]) -> [usize; N] {
+    bytes.map(|bytes| bytes.next_multiple_of(256))
 }
 
 /// The most blocks along an axis but the first.

@@ -44,6 +44,14 @@ impl Pieces for Source {
         // SAFETY: made above, nothing of it is out, and the stream is done with what was.
         self.context.check("freeing memory", unsafe { sys::cuMemFree_v2(start) })
     }
+
+    fn free_bytes(&self) -> Result<usize> {
+        self.context.enter()?;
+        let (mut free, mut all) = (0, 0);
+        // SAFETY: writes two numbers; the context is current.
+        let asked = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut all) };
+        self.context.check("asking for free memory", asked).map(|()| free)
+    }
 }
 
 impl Heap {
@@ -81,23 +89,13 @@ impl Heap {
     /// # Errors
     /// When there is no room: says how much there is.
     pub fn reserve(&self, bytes: usize) -> Result<()> {
-        let (before, made) = (self.free_bytes()?, self.arena().reserve(bytes, &self.source)?);
-        if made && self.free_bytes()? >= OF_DRIVER {
+        if self.arena().reserve(bytes, OF_DRIVER, &self.source)? {
             return Ok(());
         }
         let what = "weights, activations and all else that the run takes";
-        let of_free = format!("{before} bytes are free, of which {OF_DRIVER} stay for kernels and recorded steps");
+        let free = self.source.free_bytes()?;
+        let of_free = format!("{free} bytes are free, of which {OF_DRIVER} stay for kernels and recorded steps");
         Err(self.none(bytes, &format!("{what}; {of_free}")))
-    }
-
-    /// Bytes of the card's memory that nobody has.
-    fn free_bytes(&self) -> Result<usize> {
-        self.source.context.enter()?;
-        let (mut free, mut all) = (0, 0);
-        // SAFETY: writes two numbers; the context is current.
-        let asked = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut all) };
-        self.source.context.check("asking for free memory", asked)?;
-        Ok(free)
     }
 
     fn none(&self, bytes: usize, what: &str) -> Error {

@@ -172,8 +172,6 @@ struct Loaded {
     name: &'static str,
     /// Whether it may be launched early: see [`Source::early`](super::source::Source::early).
     early: bool,
-    /// Whether the launch after it may be: see [`Source::early_after`](super::source::Source::early_after).
-    early_after: bool,
 }
 
 /// What changes from call to call.
@@ -182,7 +180,7 @@ struct Parts {
     blas: Blas,
     modules: HashMap<ModuleKey, sys::CUmodule>,
     kernels: Vec<Loaded>,
-    /// Whether the next launch may be early.
+    /// Whether the last launch was that of a kernel which may be launched early, after which another one may.
     early: bool,
     graphs: HashMap<Graph, sys::CUgraphExec>,
     /// Graphs made so far.
@@ -428,9 +426,8 @@ impl Driver for Card {
         let result = unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()) };
         self.context.check(&format!("finding {} in {}", key.entry, key.module), result)?;
         self.allow_shared(function)?;
-        let (source, able) = (key.module.source, self.limits.capability >= (9, 0));
-        let (early, early_after) = (able && source.early(), able && source.early_after());
-        parts.kernels.push(Loaded { function, name: key.entry, early, early_after });
+        let early = key.module.source.early() && self.limits.capability >= (9, 0);
+        parts.kernels.push(Loaded { function, name: key.entry, early });
         Ok(Kernel(parts.kernels.len() - 1))
     }
 
@@ -473,10 +470,10 @@ impl Driver for Card {
         self.context.enter()?;
         let mut parts = self.parts();
         let found = parts.kernels.get(kernel.0).copied();
-        let Loaded { function, name, early, early_after } =
+        let Loaded { function, name, early } =
             found.ok_or_else(|| self.failed("launching", "there is no such kernel"))?;
         let (Shape { grid, block, shared_bytes }, mut addresses) = (shape, arguments.addresses());
-        let early_now = early & std::mem::replace(&mut parts.early, early_after);
+        let early_now = early & std::mem::replace(&mut parts.early, early);
         // SAFETY: all 0 is a valid attribute.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;

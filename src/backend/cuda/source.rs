@@ -16,11 +16,6 @@ impl Source {
     pub fn early(&self) -> bool {
         self.text.contains("after_earlier();")
     }
-
-    /// Whether launches after its kernels may: not where they may have made weights, which are read without a wait.
-    pub fn early_after(&self) -> bool {
-        self.early() && *self != MEMORY
-    }
 }
 
 impl PartialEq for Source {

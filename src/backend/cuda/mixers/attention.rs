@@ -9,7 +9,7 @@ pub(in crate::backend::cuda) use trust::AGREES;
 pub(super) use wgmma::forward_module;
 
 use super::RESERVED_BYTES;
-use crate::backend::cuda::call::{Call, Place, SegmentsPlace};
+use crate::backend::cuda::call::{Call, Place, SegmentsPlace, padded};
 use crate::backend::cuda::driver::{Arguments, Limits, Pointer, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{DType, Largest, Result, ops};
@@ -46,10 +46,19 @@ pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
     let (room, kv_heads) = (limits.multiprocessors * MOST_BLOCKS, largest.kv_heads.max(1));
     // The more segments, the fewer parts: together they fill the card WAVES times at most.
-    let parts = largest.segments.saturating_mul(most_parts(room, kv_heads, largest.keys)).min(WAVES * room / kv_heads);
-    let of_a_query = largest.query_width.saturating_add(largest.heads).saturating_mul(4);
-    let decoded = parts.saturating_mul(QUERIES_DECODED).saturating_mul(of_a_query);
-    delta.max(decoded).max(wgmma::COUNTER_BYTES)
+    let parts = largest.segments.saturating_mul(MOST_PARTS).min(WAVES * room / kv_heads);
+    let decoded = partial_bytes(QUERIES_DECODED * parts, largest.heads, largest.query_width);
+    delta.max(padded(decoded).iter().sum()).max(wgmma::COUNTER_BYTES)
+}
+
+/// Bytes of out and of lse of so many rows in all parts, whose out has `width` columns.
+fn partial_bytes(rows: usize, heads: usize, width: usize) -> [usize; 2] {
+    [width, heads].map(|cols| rows.saturating_mul(cols).saturating_mul(4))
+}
+
+/// Blocks of so much shared memory that a card holds at once.
+fn room(limits: &Limits, shared_bytes: usize) -> usize {
+    limits.multiprocessors * (limits.shared_bytes / shared_bytes).clamp(1, MOST_BLOCKS)
 }
 
 /// The most parts of the keys in a step of decoding of so many blocks a part, of which the card holds `room` at once.
@@ -211,11 +220,11 @@ fn forward(c: &mut Call, call: &Forward) -> Result<()> {
         ((&source::ATTENTION, "attention"), defines, PLAIN_THREADS, tiles, plain.shared_bytes(1))
     };
     let keys = call.pages.map_or(k.rows, |pages| pages.a_slot.saturating_mul(pages.page_size));
-    let room = c.limits().multiprocessors * (c.limits().shared_bytes / shared_bytes).clamp(1, MOST_BLOCKS);
+    let room = room(c.limits(), shared_bytes);
     let blocks = call.segments.capacity.max(1) * shape.kv_heads;
     let parts = if decoding { parts(room, blocks, keys) } else { 1 };
-    let by_part = if parts > 1 { 4 * parts * q.rows * shape.heads } else { 0 };
-    let [partial_out, partial_lse] = c.scratch([by_part * shape.head_dim, by_part])?;
+    let rows = if parts > 1 { parts * q.rows } else { 0 };
+    let [partial_out, partial_lse] = c.scratch(partial_bytes(rows, shape.heads, shape.heads * shape.head_dim))?;
     let arguments = arguments.pointer(partial_out).pointer(partial_lse);
     let tiles = along(c, "tiles of queries", tiles + call.segments.capacity)?;
     let grid = [c.int("heads", shape.kv_heads)?, tiles, parts as u32];
@@ -318,4 +327,32 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let rest = Arguments::new().pointer(segments.table).int(capacity).size(k.rows).int(c.int("columns", dk.cols)?);
     let few = Shape { grid: [64, 1, 1], block: [128, 1, 1], shared_bytes: 0 };
     c.launch((plain, "attention_no_keys"), &defines, few, &rest.place(dk).place(dv))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the keys and however few of the segments a step has, its parts fit into what is reserved.
+        #[test]
+        fn parts_of_keys_fit_into_the_scratch(
+            (multiprocessors, shared_bytes) in (1usize..200, 1usize..300_000),
+            (segments, kv_heads, group, head_dim) in (1usize..100, 1usize..9, 1usize..9, 1usize..129),
+            (of_a_block, keys) in (1usize..200_000, 1usize..200_000),
+        ) {
+            let limits = Limits { name: String::new(), capability: (9, 0), multiprocessors, shared_bytes, memory_bytes: 0 };
+            let (heads, query_width) = (kv_heads * group, kv_heads * group * head_dim);
+            let sizes = Largest { tokens: 1, segments, heads, kv_heads, query_width, ..Largest::default() };
+            let reserved = scratch_bytes(&limits, &sizes);
+            for few in 1..=segments {
+                let parts = parts(room(&limits, of_a_block), few * kv_heads, keys);
+                let rows = if parts > 1 { parts * few * QUERIES_DECODED } else { 0 };
+                let taken: usize = padded(partial_bytes(rows, heads, query_width)).iter().sum();
+                prop_assert!(taken <= reserved, "{few} segments in {parts} parts take {taken} of {reserved} bytes");
+            }
+        }
+    }
 }
