@@ -161,4 +161,10 @@ struct Segment {
     unsigned start, len, past, slot, keys;
 
     H1_DEVICE bool lies_in(long long tokens) const { return (long long)start + len <= tokens; }
+
+    // How many parts of `part_tokens` tokens it has, the last one perhaps shorter; one where that is 0, for all of it.
+    H1_DEVICE int parts(long long tokens, int part_tokens) const {
+        if (len == 0 || !lies_in(tokens)) return 0;
+        return part_tokens == 0 ? 1 : (len + part_tokens - 1) / part_tokens;
+    }
 };

@@ -4,8 +4,8 @@
 // STATES states each (those past D_STATE are 0 and stay so). TILE·LANES threads. To load and to store, a thread has OWN
 // neighbouring channels of one of STEPS tokens.
 //
-// Macros: T_U, T_DELTA, T_P, D_STATE, LANES (a power of two, 4 to 32), TILE (a power of two), and VECTOR: whether
-// all rows are aligned such that OWN values are one load, and tiles are whole.
+// Macros: T_U, T_DELTA, T_P, D_STATE, LANES (a power of two, 4 to 32), TILE (a power of two), VECTOR: whether all rows are
+// aligned such that OWN values are one load, and tiles are whole; and CUT: whether segments are cut in time.
 #pragma once
 #include "h1.cuh"
 
@@ -49,6 +49,41 @@ struct Tile {
         b = channel / per_b * D_STATE;
         c = channel / per_c * D_STATE;
     }
+};
+
+// How segments are cut in time where CUT is 1, as parameters of a kernel: the first `count` segments of the table, each after
+// every `part_tokens` tokens.
+#define SCAN_PARTS int count, int part_tokens
+
+// Of the parts of all segments, in order, the one with number `item`: its tokens, with the segment's past and slot, and how many
+// parts the segment has before it and after it. Where segments are not cut, parts are segments.
+struct Part {
+    Segment segment;
+    int of_segment, before = 0, after = 0;
+
+    H1_DEVICE Part(const Segment* segments, int count, int part_tokens, long long tokens, int item) {
+        of_segment = item;
+        if constexpr (!CUT) {
+            segment = segments[item];
+            return;
+        }
+        for (of_segment = 0; of_segment < count; ++of_segment) {
+            segment = segments[of_segment];
+            int parts = segment.parts(tokens, part_tokens);
+            if (item < parts) {
+                before = item;
+                after = parts - 1 - item;
+                segment.start += before * part_tokens;
+                segment.len = min(part_tokens, int(segment.len) - before * part_tokens);
+                return;
+            }
+            item -= parts;
+        }
+        segment.len = 0;
+    }
+
+    // The row of what enters it from beyond it: its own (scan_parts.cu), or the slot of a segment that is not cut.
+    H1_DEVICE unsigned entry(int item) const { return CUT ? item : segment.slot; }
 };
 
 // ln(1 + exp(x)) to a few units in the last place, without a branch or a division. With e = exp(−|x|) it is

@@ -1,12 +1,12 @@
 // What the scan's forward and backward share for channels with 16 states, softplus and a gate, in tiles of 16 whole
 // channels and rows aligned such that 16 bytes are one load.
 //
-// A block has TILES neighbouring tiles (scan.cuh) of one segment, and threads of two roles for each, so that every quarter
+// A block has TILES neighbouring tiles (scan.cuh) of one segment, or of a part of one, and threads of two roles for each, so that every quarter
 // of a multiprocessor has warps of either. The preparing threads copy a tile's values to shared memory
 // COMING chunks ahead, make of them what a step needs, and later finish and store what the stepping threads left; a
 // stepping thread runs a few states of one channel through time. Both work at once, on chunks of tokens that are one apart.
 //
-// Macros: T_U, T_DELTA, T_P (of 16 bits).
+// Macros: T_U, T_DELTA, T_P (of 16 bits), CUT.
 #pragma once
 #define D_STATE 16
 #define LANES 4

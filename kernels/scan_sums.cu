@@ -1,4 +1,4 @@
-// Sums, in order, of what the tiles and segments of selective_scan_backward.cu leave. Macros: T_DP.
+// Sums, in order, of what the tiles and parts of segments of selective_scan_backward.cu leave. Macros: T_DP.
 #include "h1.cuh"
 
 // A thread a token and column of B or C: the sum over its group's tiles, in order.
@@ -14,20 +14,20 @@ extern "C" __global__ void scan_group_sum(const float* partial, long long tokens
         }
 }
 
-// A thread a value of A, D and the bias: the sum over segments, in order. dA replaces, the others add.
+// A thread a value of A, D and the bias: the sum over segments and their parts, in order. dA replaces, the others add.
 extern "C" __global__ void scan_segment_sum(const float* partial_a, const float* partial_d, const Segment* segments,
-                                            int capacity, long long tokens, int channels, int d_state, Rows<float> da,
-                                            float* dd, float* dbias) {
+                                            int count, int part_tokens, long long tokens, int channels, int d_state,
+                                            Rows<float> da, float* dd, float* dbias) {
     long long values = (long long)channels * (d_state + 2);
     for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < values;
          i += gridDim.x * (long long)blockDim.x) {
         int channel = i / (d_state + 2), k = i % (d_state + 2);
         float total = 0.0f;
-        for (int s = 0; s < capacity; ++s) {
-            Segment segment = segments[s];
-            if (segment.len == 0 || !segment.lies_in(tokens)) continue;
-            total += k < d_state ? partial_a[((long long)s * channels + channel) * d_state + k]
-                                 : partial_d[((long long)s * 2 + k - d_state) * channels + channel];
+        for (int s = 0, item = 0; s < count; ++s) {
+            if (part_tokens == 0) item = s;
+            for (int parts = segments[s].parts(tokens, part_tokens); parts > 0; --parts, ++item)
+                total += k < d_state ? partial_a[((long long)item * channels + channel) * d_state + k]
+                                     : partial_d[((long long)item * 2 + k - d_state) * channels + channel];
         }
         if (k < d_state) da.row(channel)[k] = total;
         if (k == d_state && dd) dd[channel] += total;

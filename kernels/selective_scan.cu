@@ -1,7 +1,7 @@
 // The selective scan of Mamba-1 over segments, forward. With dt = softplus(delta + delta_bias), for channel c, state m:
 // s_t[c, m] = exp(dt·A[c, m])·s_{t−1}[c, m] + dt·u_t[c]·B_t[m], out_t[c] = (Σ_m s_t[c, m]·C_t[m] + D[c]·u_t[c])·silu(z_t[c]).
 //
-// A block has one segment and one tile of channels (scan.cuh), whose B and C it reads once. It goes through time STEPS
+// A block has one segment, or a part of one, and one tile of channels (scan.cuh), whose B and C it reads once. It goes through time STEPS
 // tokens at a time, with the next STAGES times STEPS on their way into shared memory: the threads make dt, dt·u, B and
 // C as f32; each lane runs its states through them, GROUP tokens in one stretch of code, so that all but the additions
 // to a state can overlap; the lanes of a channel add their shares of y; then the threads gate and store.
@@ -23,8 +23,8 @@ struct Stage {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    selective_scan(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<float> saved, long long saved_rows,
-                   Rows<T_OUT> out) {
+    selective_scan(SCAN_INPUTS, SCAN_PARTS, Rows<float> state_out, long long slots_out, Rows<float> saved,
+                   long long saved_rows, Rows<T_OUT> out) {
     H1_DYNAMIC_SHARED(shared);
     Stage* stages = reinterpret_cast<Stage*>(shared);
     Step* steps = reinterpret_cast<Step*>(stages + STAGES);
@@ -32,7 +32,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float* shared_c = shared_b + STEPS * PADDED;
     float* shared_y = shared_c + STEPS * PADDED;
 
-    Segment segment = segments[blockIdx.y];
+    Part part(segments, count, part_tokens, tokens, blockIdx.y);
+    Segment segment = part.segment;
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
     Tile tile(blockIdx.x, run, per_b, per_c);
     b.data += tile.b;
@@ -49,8 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int n = lane * STATES + s;
         decay[s] = valid && n < D_STATE ? a.row(channel)[n] * LOG2_E : 0.0f;
     }
-    bool goes_on = segment.past > 0 && state_in.data && segment.slot < slots;
-    load_states(state_in.row(goes_on ? segment.slot : 0), channel, lane * STATES, valid && goes_on, 1.0f, state);
+    unsigned entry = part.entry(blockIdx.y);
+    bool goes_on = (CUT || segment.past > 0) && state_in.data && entry < slots;
+    load_states(state_in.row(goes_on ? entry : 0), channel, lane * STATES, valid && goes_on, 1.0f, state);
 
     // The channels and the token of each STEPS that this thread prepares and stores.
     int own = threadIdx.x * OWN % TILE, own_step = threadIdx.x * OWN / TILE;
@@ -106,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
         for (int group = 0; group < rows; group += GROUP) {
             if (saved.data && group % SCAN_CHUNK == 0) {
-                long long row = segment.start / SCAN_CHUNK + blockIdx.y + (done + group) / SCAN_CHUNK;
+                long long row = segment.start / SCAN_CHUNK + part.of_segment + (done + group) / SCAN_CHUNK;
                 store_states(saved.row(row), channel, lane * STATES, valid && row < saved_rows, state);
             }
             float shares[GROUP];
@@ -139,6 +141,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         if (own_step < rows) store_pack<OWN>(out.row(segment.start + done + own_step) + own_channel, y, own_count);
     }
-    if (state_out.data && segment.slot < slots_out)
+    if (state_out.data && part.after == 0 && segment.slot < slots_out)
         store_states(state_out.row(segment.slot), channel, lane * STATES, valid, state);
 }

@@ -54,10 +54,11 @@ enum { OF_U, OF_DELTA, OF_Z, OF_B_VALUES, OF_C_VALUES, KINDS };
 #define COPYING (STEPS * TILE / COPIED)
 
 extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
-    selective_scan16(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<float> saved, long long saved_rows,
-                     Rows<T_OUT> out, int tiles) {
+    selective_scan16(SCAN_INPUTS, SCAN_PARTS, Rows<float> state_out, long long slots_out, Rows<float> saved,
+                     long long saved_rows, Rows<T_OUT> out, int tiles) {
     H1_DYNAMIC_SHARED(shared);
-    Segment segment = segments[blockIdx.y];
+    Part part(segments, count, part_tokens, tokens, blockIdx.y);
+    Segment segment = part.segment;
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
     Role<STEPPING, PREPARING> role;
     int index = blockIdx.x * TILES + role.tile;
@@ -71,9 +72,10 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         int lane = threadIdx.x % WARP, warp = role.thread / WARP, row = lane / 4, col = lane % 4;
         int in_tile = warp % 2 * 8 + row, channel = tile.channel + in_tile, first_state = warp / 2 * 8 + col * OWN_STATES;
         float decay[OWN_STATES], state[OWN_STATES];
-        bool goes_on = there && segment.past > 0 && state_in.data && segment.slot < slots;
+        unsigned entry = part.entry(blockIdx.y);
+        bool goes_on = there && (CUT || segment.past > 0) && state_in.data && entry < slots;
         long long value = (long long)channel * D_STATE + first_state;
-        const float* before_first = state_in.row(goes_on ? segment.slot : 0) + value;
+        const float* before_first = state_in.row(goes_on ? entry : 0) + value;
 #pragma unroll
         for (int s = 0; s < OWN_STATES; ++s) {
             decay[s] = a.row(channel)[first_state + s] * LOG2_E;
@@ -110,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
             return made;
         };
         // Where the state before the next SCAN_CHUNK tokens goes, and how many of such the rows have room for.
-        long long saved_first = segment.start / SCAN_CHUNK + blockIdx.y;
+        long long saved_first = segment.start / SCAN_CHUNK + part.of_segment;
         float* saved_at = saved.row(saved_first) + value;
         long long left = there && saved.data ? min((len + SCAN_CHUNK - 1LL) / SCAN_CHUNK, saved_rows - saved_first) : 0;
         int to_save = static_cast<int>(left);
@@ -165,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         }
         look(3, last_sums);
         __syncthreads();
-        if (!state_out.data || !there || segment.slot >= slots_out) return;
+        if (!state_out.data || !there || part.after > 0 || segment.slot >= slots_out) return;
 #pragma unroll
         for (int s = 0; s < OWN_STATES; ++s) state_out.row(segment.slot)[value + s] = state[s];
         return;

@@ -91,12 +91,14 @@ H1_DEVICE void store_sums(const Together<4> (&parts)[4], T* to, long long stride
 }
 
 extern "C" __global__ void __launch_bounds__(2 * TILES * THREADS, 1)
-    selective_scan16_backward(SCAN_INPUTS, Rows<const float> saved, long long saved_rows, Rows<const T_DOUT> dout,
-                              Rows<const float> dstate_out, long long dstate_slots, Rows<T_DU> du, Rows<T_DDELTA> ddelta,
-                              Rows<T_DP> dz, Rows<T_DB> db, Rows<T_DC> dc, float* partial_a, float* partial_d,
-                              int channels, Rows<float> dstate_in, long long slots_out, int tiles) {
+    selective_scan16_backward(SCAN_INPUTS, SCAN_PARTS, Rows<const float> saved, long long saved_rows,
+                              Rows<const T_DOUT> dout, Rows<const float> dstate_out, long long dstate_slots,
+                              Rows<T_DU> du, Rows<T_DDELTA> ddelta, Rows<T_DP> dz, Rows<T_DB> db, Rows<T_DC> dc,
+                              float* partial_a, float* partial_d, int channels, Rows<float> dstate_in,
+                              long long slots_out, int tiles) {
     H1_DYNAMIC_SHARED(shared);
-    Segment segment = segments[blockIdx.y];
+    Part part(segments, count, part_tokens, tokens, blockIdx.y);
+    Segment segment = part.segment;
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
     Role<THREADS, THREADS> role;
     int index = blockIdx.x * TILES + role.tile;
@@ -113,9 +115,10 @@ extern "C" __global__ void __launch_bounds__(2 * TILES * THREADS, 1)
         float decay[STATES], h[STATES], da[STATES] = {};
 #pragma unroll
         for (int s = 0; s < STATES; ++s) decay[s] = a.row(channel)[states * STATES + s] * LOG2_E;
-        bool ends = there && dstate_out.data && segment.slot < dstate_slots;
-        load_states(dstate_out.row(ends ? segment.slot : 0), channel, states * STATES, ends, 1.0f, h);
-        long long saved_first = segment.start / SCAN_CHUNK + blockIdx.y;
+        unsigned entry = part.entry(blockIdx.y);
+        bool ends = there && dstate_out.data && entry < dstate_slots;
+        load_states(dstate_out.row(ends ? entry : 0), channel, states * STATES, ends, 1.0f, h);
+        long long saved_first = segment.start / SCAN_CHUNK + part.of_segment;
         unsigned char* of_saved = shared + SAVED + threadIdx.x * 16;
         auto fetch = [&](int i) {
             int chunk = chunks - 1 - i;
@@ -166,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(2 * TILES * THREADS, 1)
         // A lane has two tokens' shares of its half warp, of dB if its columns of a product are of its own channels' tokens;
         // those of dC are in the other columns, as the gradients that this lane multiplies with are of the other half's channel.
         bool has_db = lane / 16 == lane / 2 % 2;
-        int part = role.thread / WARP * 2 + lane / 16, of_other = piece_of(in_tile ^ 4);
-        int of_part = BY_CHANNELS + (has_db ? 0 : A_SUM) + lane % 2 * TWO_TOKENS + part * A_PART + states * 32;
+        int half_warp = role.thread / WARP * 2 + lane / 16, of_other = piece_of(in_tile ^ 4);
+        int of_part = BY_CHANNELS + (has_db ? 0 : A_SUM) + lane % 2 * TWO_TOKENS + half_warp * A_PART + states * 32;
         // No bits, which the compiler cannot know: it moves what only the next turn needs behind all else, where exponentials
         // wait for each other, unless a value that is stored in this turn depends on it.
         unsigned nothing = static_cast<unsigned>(chunks) >> 31, made = 0;
@@ -262,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(2 * TILES * THREADS, 1)
         __syncthreads();
         if (there) {
             store_states(partial_a + blockIdx.y * (long long)channels * D_STATE, channel, states * STATES, true, da);
-            if (dstate_in.data && segment.slot < slots_out) {
+            if (dstate_in.data && part.before == 0 && segment.slot < slots_out) {
 #pragma unroll
                 for (int s = 0; s < STATES; ++s) h[s] = segment.past > 0 ? h[s] : 0.0f;
                 store_states(dstate_in.row(segment.slot), channel, states * STATES, true, h);

@@ -2,14 +2,14 @@
 // state runs backwards in time: h += g·C, then dC += g·s_t, w = h·e·s_{t−1}, dA += dt·w, ddt = Σ_m (A·w + h·B·u),
 // du = dt·Σ_m h·B + g·D, dB += dt·u·h, and it goes on as h·e. dz needs the ungated output, which is computed again.
 //
-// A block has one segment and one tile of channels (scan.cuh) and takes chunks of STEPS tokens from the last to the
+// A block has one segment, or a part of one, and one tile of channels (scan.cuh) and takes chunks of STEPS tokens from the last to the
 // first, with those before on their way into shared memory. It runs through a chunk from the saved state and leaves the
 // state before every token in shared memory; then it goes back, GROUP tokens in one stretch of code, so that all but
 // the steps of h can overlap. Sums over states go through the lanes of a channel; sums over channels through the lanes
 // of a warp, then over the block's warps, in order. At last the threads store what they know of their tokens.
 // dB and dC of a tile go where B and C are if the tile is the whole group, else to `partial_b`, `partial_c`,
-// [tokens][tiles][D_STATE], and dA, dD and the bias of a segment go to `partial_a`,
-// [segments][channels·D_STATE], and `partial_d`, [segments][2][channels], for scan_sums.cu.
+// [tokens][tiles][D_STATE], and dA, dD and the bias of a part go to `partial_a`,
+// [parts][channels·D_STATE], and `partial_d`, [parts][2][channels], for scan_sums.cu.
 //
 // Shared memory: backward_shared_bytes in mixers/scan.rs, 75 KiB for D_STATE 16 and bf16. Macros: those of scan.cuh,
 // T_DOUT, T_DU, T_DDELTA, T_DP, GROUP (a power of two, at most STEPS). Source: Gu and Dao, arXiv:2312.00752.
@@ -34,7 +34,7 @@ struct Stage {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    selective_scan_backward(SCAN_INPUTS, Rows<const float> saved, long long saved_rows, Rows<const T_DOUT> dout,
+    selective_scan_backward(SCAN_INPUTS, SCAN_PARTS, Rows<const float> saved, long long saved_rows, Rows<const T_DOUT> dout,
                             Rows<const float> dstate_out, long long dstate_slots, Rows<T_DU> du,
                             Rows<T_DDELTA> ddelta, Rows<T_DP> dz, Rows<T_DP> db, Rows<T_DP> dc, float* partial_b,
                             float* partial_c, float* partial_a, float* partial_d, int channels,
@@ -48,7 +48,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float* by_states = states + STEPS * THREADS * STATES;        // [3][STEPS][SUM_ROW]
     float* by_channels = by_states + 3 * STEPS * SUM_ROW;        // [2][WARPS][GROUP][2][PADDED]
 
-    Segment segment = segments[blockIdx.y];
+    Part part(segments, count, part_tokens, tokens, blockIdx.y);
+    Segment segment = part.segment;
     if (segment.len == 0 || !segment.lies_in(tokens)) return;
     Tile tile(blockIdx.x, run, per_b, per_c);
     b.data += tile.b;
@@ -66,8 +67,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int n = lane * STATES + s;
         decay[s] = valid && n < D_STATE ? a.row(channel)[n] * LOG2_E : 0.0f;
     }
-    bool ends = dstate_out.data && segment.slot < dstate_slots;
-    load_states(dstate_out.row(ends ? segment.slot : 0), channel, lane * STATES, valid && ends, 1.0f, h);
+    unsigned entry = part.entry(blockIdx.y);
+    bool ends = dstate_out.data && entry < dstate_slots;
+    load_states(dstate_out.row(ends ? entry : 0), channel, lane * STATES, valid && ends, 1.0f, h);
 
     // The channels and the token of each STEPS that this thread prepares and stores.
     int own = threadIdx.x * OWN % TILE, own_step = threadIdx.x * OWN / TILE;
@@ -91,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         commit_copies();
     };
-    long long saved_first = segment.start / SCAN_CHUNK + blockIdx.y;
+    long long saved_first = segment.start / SCAN_CHUNK + part.of_segment;
     auto load_saved = [&](long long chunk, float* to) {
         long long row = saved_first + chunk * (STEPS / SCAN_CHUNK);
         bool there = chunk >= 0 && row < saved_rows;
@@ -268,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         wait_copies<STAGES - 1>();
         __syncthreads();
     }
-    if (dstate_in.data && segment.slot < slots_out) {
+    if (dstate_in.data && part.before == 0 && segment.slot < slots_out) {
 #pragma unroll
         for (int s = 0; s < STATES; ++s) h[s] = segment.past > 0 ? h[s] : 0.0f;
         store_states(dstate_in.row(segment.slot), channel, lane * STATES, valid, h);

@@ -7,6 +7,7 @@
 #define LANES (D_STATE <= 16 ? 4 : D_STATE <= 32 ? 8 : D_STATE <= 64 ? 16 : 32)
 #define TILE 1
 #define VECTOR 0
+#define CUT 0
 #include "scan.cuh"
 
 extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<T_OUT> out,

@@ -83,6 +83,8 @@ pub struct Largest {
     pub query_width: usize,
     /// Values of a scan's state.
     pub state: usize,
+    /// States of a channel of a scan.
+    pub d_state: usize,
     /// Values of a weight whose products have rows of another dtype.
     pub converted: usize,
 }

@@ -201,6 +201,7 @@ impl ModelConfig {
             kv_heads: self.num_key_value_heads,
             query_width: self.query_width(),
             state: mamba.map_or(0, |mamba| mamba.ssm_state()),
+            d_state: mamba.map_or(0, |mamba| mamba.d_state),
             ..Largest::default()
         }
     }

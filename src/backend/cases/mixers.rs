@@ -309,8 +309,8 @@ struct Scan {
 }
 
 impl Scan {
-    fn draw(t: &mut Trial, d_state: usize) -> Result<Self> {
-        let (segments, slots) = t.sequences(true)?;
+    fn draw(t: &mut Trial, d_state: usize, long: bool) -> Result<Self> {
+        let (segments, slots) = if long { t.long_sequence()? } else { t.sequences(true)? };
         let tokens = segments.tokens();
         let d_state = if d_state > 0 { d_state } else { t.size(33) };
         let groups = (t.one_of(&[1, 2, 4]), t.one_of(&[1, 2, 4]));
@@ -391,8 +391,8 @@ impl Scan {
     }
 }
 
-pub fn selective_scan(t: &mut Trial, d_state: usize) -> Verdict {
-    let scan = Scan::draw(t, d_state)?;
+pub fn selective_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
+    let scan = Scan::draw(t, d_state, long)?;
     let (tokens, values) = (scan.segments.tokens(), scan.channels * scan.d_state);
     let (state_in, state_out) = t.in_f32(|t| state(t, &scan.segments, scan.slots, values, tokens))?;
     let saved = if t.coin() { Some(scan.saved(t, false)?) } else { None };
@@ -407,8 +407,8 @@ pub fn selective_scan(t: &mut Trial, d_state: usize) -> Verdict {
     })
 }
 
-pub fn selective_scan_backward(t: &mut Trial, d_state: usize) -> Verdict {
-    let scan = Scan::draw(t, d_state)?;
+pub fn selective_scan_backward(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
+    let scan = Scan::draw(t, d_state, long)?;
     let (tokens, channels) = (scan.segments.tokens(), scan.channels);
     let terms = tokens + scan.d_state;
     let values = channels * scan.d_state;

@@ -385,6 +385,14 @@ impl Trial {
         Ok((segments, count + spare))
     }
 
+    /// One sequence that is long enough to be cut in time.
+    pub fn long_sequence(&mut self) -> Result<(Segments, usize)> {
+        let (len, past, slots) = (self.one_of(&[800, 1100, 1301]), self.one_of(&[0, 7]), self.one_of(&[1, 3]));
+        let mut segments = Segments::default();
+        segments.push(len, past, slots - 1)?;
+        Ok((segments, slots))
+    }
+
     fn call(&self, side: usize, wrong: Option<(usize, View)>, op: &impl Fn(&On) -> Result<()>) -> (Result<()>, bool) {
         let on = On { device: &self.devices[side], side, trial: self, wrong, looked: Cell::new(false) };
         let result = op(&on);

@@ -154,6 +154,11 @@ impl Arguments {
         self.rows(start, stride)
     }
 
+    /// A `Rows<T>` that may be absent, and how many rows it has.
+    pub(super) fn maybe_rows(self, place: Option<Place>) -> Self {
+        self.maybe_place(place).size(place.map_or(0, |place| place.rows))
+    }
+
     /// A pointer that may be null.
     pub(super) fn maybe(self, place: Option<Place>) -> Self {
         self.pointer(place.map_or(0, |place| place.start))

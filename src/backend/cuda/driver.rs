@@ -19,6 +19,8 @@ pub struct Limits {
     pub shared_bytes: usize,
     /// Bytes of device memory.
     pub memory_bytes: usize,
+    /// Nanoseconds that a launch takes beside its work.
+    pub launch_ns: usize,
 }
 
 /// Rows of bytes in device memory.

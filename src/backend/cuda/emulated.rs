@@ -51,6 +51,8 @@ pub(super) fn driver(emulation: Emulation) -> Result<Emulated> {
         multiprocessors: 4,
         shared_bytes: 232_448,
         memory_bytes: 1 << 34,
+        // Work is cut as finely as can be.
+        launch_ns: 0,
     };
     let (memory, kernels, graphs) = (Mutex::default(), Mutex::default(), Mutex::default());
     Ok(Emulated { emulation, limits, memory, kernels, graphs })

@@ -20,7 +20,9 @@ const H100: (u32, u32) = (9, 0);
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
-    conv::scratch_bytes(largest).max(scan::scratch_bytes(largest)).max(attention::scratch_bytes(limits, largest))
+    conv::scratch_bytes(largest)
+        .max(scan::scratch_bytes(limits, largest))
+        .max(attention::scratch_bytes(limits, largest))
 }
 
 /// The modules that calls ask for as a rule on a card of an architecture: activations of one storage type, parameters of
@@ -45,6 +47,10 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
         }
         for d_state in [16, 32, 64, 128, 256].map(|states| ("D_STATE", Value::Number(states))) {
             all.push(alike(&source::SELECTIVE_SCAN_STEP, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &[d_state]));
+            for (back, vector) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                let more = [d_state, ("BACK", Value::Number(back)), ("VECTOR", Value::Number(vector))];
+                all.push(alike(&source::SCAN_PARTS, &["T_X", "T_DELTA", "T_P"], of, &more));
+            }
         }
         all.push(alike(&source::SCAN_SUMS, &["T_DP"], of, &[]));
         for head_dim in [64, 80, 128].map(|size| ("HEAD_DIM", Value::Number(size))) {
@@ -58,11 +64,13 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
         }
     }
     for of in &types[1..] {
-        all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT"], *of, &[]));
-        let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
-        for of_b in [*of, types[0]] {
-            let more = [("T_DB", of_b), ("T_DC", *of)];
-            all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &more));
+        for cut in [0, 1].map(|cut| ("CUT", Value::Number(cut))) {
+            all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT"], *of, &[cut]));
+            let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];
+            for of_b in [*of, types[0]] {
+                let more = [("T_DB", of_b), ("T_DC", *of), cut];
+                all.push(alike(&source::SELECTIVE_SCAN16_BACKWARD, &names, *of, &more));
+            }
         }
         for size in [64, 128] {
             let head_dim = ("HEAD_DIM", Value::Number(size as u32));

@@ -20,6 +20,8 @@ use crate::backend::{Error, Result};
 
 /// The oldest driver, by the version of CUDA that it knows.
 const OLDEST: (u32, u32) = (12, 0);
+/// Nanoseconds that a launch takes beside its work: those of a step of decoding take about as long on an H100.
+const LAUNCH_NS: usize = 4000;
 
 fn unavailable(why: impl Into<String>) -> Error {
     Error::Unavailable { backend: "cuda".into(), why: why.into() }
@@ -97,6 +99,7 @@ fn find(ordinal: i32) -> Result<(CUdevice, Limits)> {
         multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         shared_bytes: number(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         memory_bytes: bytes,
+        launch_ns: LAUNCH_NS,
     };
     Ok((device, limits))
 }

@@ -70,6 +70,7 @@ sources! {
     SELECTIVE_SCAN_STEP: "selective_scan_step.cu";
     SELECTIVE_SCAN16: "selective_scan16.cu";
     SELECTIVE_SCAN16_BACKWARD: "selective_scan16_backward.cu";
+    SCAN_PARTS: "scan_parts.cu";
     SCAN_SUMS: "scan_sums.cu";
     ATTENTION: "attention.cu";
     ATTENTION_BACKWARD: "attention_backward.cu";

@@ -343,7 +343,8 @@ mod tests {
             (segments, kv_heads, group, head_dim) in (1usize..100, 1usize..9, 1usize..9, 1usize..129),
             (of_a_block, keys) in (1usize..200_000, 1usize..200_000),
         ) {
-            let limits = Limits { name: String::new(), capability: (9, 0), multiprocessors, shared_bytes, memory_bytes: 0 };
+            let (name, capability) = (String::new(), (9, 0));
+            let limits = Limits { name, capability, multiprocessors, shared_bytes, memory_bytes: 0, launch_ns: 0 };
             let (heads, query_width) = (kv_heads * group, kv_heads * group * head_dim);
             let sizes = Largest { tokens: 1, segments, heads, kv_heads, query_width, ..Largest::default() };
             let reserved = scratch_bytes(&limits, &sizes);

@@ -1,10 +1,14 @@
 //! The scan's launches: `kernels/selective_scan16.cu` and `kernels/selective_scan16_backward.cu` for channels as in the m2
 //! layer stored in 16 bits, for others `kernels/selective_scan.cu` and `kernels/selective_scan_backward.cu`; a step of
-//! decoding is `kernels/selective_scan_step.cu`.
+//! decoding is `kernels/selective_scan_step.cu`. Long sequences of few channels are cut in time.
+
+mod parts;
+
+use parts::{Parts, Scanned, Sizes, enter};
 
 use super::RESERVED_BYTES;
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
-use crate::backend::cuda::driver::{Arguments, Shape};
+use crate::backend::cuda::driver::{Arguments, Limits, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{DType, Largest, Result, ops};
 
@@ -88,8 +92,8 @@ impl Tiles {
         self.run.is_multiple_of(own) && places.iter().all(aligned)
     }
 
-    fn shape(&self, segments: &SegmentsPlace, shared_bytes: usize) -> Shape {
-        let grid = [self.count as u32, segments.capacity as u32, 1];
+    fn shape(&self, parts: &Parts, shared_bytes: usize) -> Shape {
+        let grid = [self.count as u32, parts.count as u32, 1];
         Shape { grid, block: [self.threads() as u32, 1, 1], shared_bytes: shared_bytes as u32 }
     }
 
@@ -135,24 +139,34 @@ const STEP_THREADS: usize = 128;
 /// the most of each kind.
 pub(super) fn layouts() -> Vec<[Vec<(&'static str, Value)>; 2]> {
     let layouts = [(16, 8, 16, 1), (16, 8, 16, 0), (32, 8, 16, 0), (64, 16, 8, 0), (128, 32, 4, 0), (256, 32, 2, 0)];
-    let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP"];
-    let both = |(d_state, lanes, tile, vector)| {
-        let backward = if vector == 1 { 16 } else { 4 };
-        [SCAN_CHUNK, backward]
-            .map(|group| names.into_iter().zip([d_state, lanes, tile, vector, group].map(Tiles::number)).collect())
+    let names = ["D_STATE", "LANES", "TILE", "VECTOR", "GROUP", "CUT"];
+    let both = |cut| {
+        layouts.map(|(d_state, lanes, tile, vector)| {
+            let backward = if vector == 1 { 16 } else { 4 };
+            let values = |group| [d_state, lanes, tile, vector, group, cut].map(Tiles::number);
+            [SCAN_CHUNK, backward].map(|group| names.into_iter().zip(values(group)).collect())
+        })
     };
-    layouts.into_iter().map(both).collect()
+    [0, 1].into_iter().flat_map(both).collect()
 }
 
 /// Where the inputs of a scan lie.
 struct Inputs {
     tiles: Tiles,
+    channels: usize,
     u: Place,
     delta: Place,
+    a: Place,
+    b: Place,
+    c: Place,
+    z: Option<Place>,
     projected: Place,
+    d: Option<Place>,
+    bias: Option<Place>,
+    softplus: bool,
     segments: SegmentsPlace,
-    /// The parameters SCAN_INPUTS of the kernels.
-    arguments: Arguments,
+    /// The states before the first tokens of segments, a row a slot.
+    state: Option<Place>,
 }
 
 impl Inputs {
@@ -162,25 +176,50 @@ impl Inputs {
         let (u, delta, a) = (c.floats("u", inputs.u)?, c.floats("delta", inputs.delta)?, c.f32("a", inputs.a)?);
         let projected = c.floats("projected", inputs.projected)?;
         let (d, bias) = (c.maybe_f32("d", inputs.d)?, c.maybe_f32("delta_bias", inputs.delta_bias)?);
-        let (segments, state_in) = (c.segments(&inputs.segments)?, c.maybe_f32("state_in", inputs.state_in)?);
+        let (segments, state) = (c.segments(&inputs.segments)?, c.maybe_f32("state_in", inputs.state_in)?);
         if segments.capacity > 65535 {
             return Err(c.unsupported("a scan", format!("{} segments", segments.capacity)));
         }
         let (channels, d_state) = (inputs.channels(), inputs.d_state());
-        let b = projected.columns(inputs.b_col, inputs.groups_b * d_state);
-        let of_c = projected.columns(inputs.c_col, inputs.groups_c * d_state);
-        let z = inputs.z_col.map(|col| projected.columns(col, channels));
         c.int("channels", channels)?;
-        let arguments = Arguments::new().place(&u).place(&delta).place(&a).place(&b).place(&of_c).maybe_place(z);
-        let arguments = arguments.maybe(d).maybe(bias).int(inputs.softplus.into()).pointer(segments.table);
-        let arguments = arguments.size(u.rows).int(tiles.run as u32).int(tiles.per_group[0] as u32);
-        let arguments = arguments.int(tiles.per_group[1] as u32).maybe_place(state_in);
-        let arguments = arguments.size(state_in.map_or(0, |state| state.rows));
-        Ok(Inputs { tiles, u, delta, projected, segments, arguments })
+        Ok(Inputs {
+            tiles,
+            channels,
+            u,
+            delta,
+            a,
+            b: projected.columns(inputs.b_col, inputs.groups_b * d_state),
+            c: projected.columns(inputs.c_col, inputs.groups_c * d_state),
+            z: inputs.z_col.map(|col| projected.columns(col, channels)),
+            projected,
+            d,
+            bias,
+            softplus: inputs.softplus,
+            segments,
+            state,
+        })
+    }
+
+    /// The parameters SCAN_INPUTS of the kernels, where states before the first tokens lie in these rows.
+    fn arguments(&self, state: Option<Place>) -> Arguments {
+        let arguments = Arguments::new().place(&self.u).place(&self.delta).place(&self.a).place(&self.b).place(&self.c);
+        let arguments = arguments.maybe_place(self.z).maybe(self.d).maybe(self.bias).int(self.softplus.into());
+        let arguments = arguments.pointer(self.segments.table).size(self.u.rows).int(self.tiles.run as u32);
+        let [per_b, per_c] = self.tiles.per_group.map(|channels| channels as u32);
+        arguments.int(per_b).int(per_c).maybe_rows(state)
+    }
+
+    /// How the segments are cut for the kernels for 16 states, or for any.
+    fn cut(&self, c: &Call, in_sixteens: bool) -> Parts {
+        // Blocks of the latter share a multiprocessor.
+        let (blocks, a_multiprocessor) =
+            if in_sixteens { (self.tiles.count.div_ceil(TILES16), 1) } else { (self.tiles.count, 2) };
+        let (tokens, segments, states) = (self.u.rows, self.segments.capacity, self.channels * self.tiles.d_state);
+        Parts::new(c.limits(), Sizes { tokens, segments, blocks, a_multiprocessor, states })
     }
 
     /// Where B, C and z lie in a matrix with the columns of `projected`, to see whether they are aligned.
-    fn parts(&self, inputs: &ops::ScanInputs, matrix: &Place) -> impl Iterator<Item = Place> {
+    fn places_in(&self, inputs: &ops::ScanInputs, matrix: &Place) -> impl Iterator<Item = Place> {
         let matrix = *matrix;
         let columns_of = [Some(inputs.b_col), Some(inputs.c_col), inputs.z_col];
         columns_of.into_iter().flatten().map(move |col| matrix.columns(col, 0))
@@ -200,8 +239,8 @@ impl Inputs {
     }
 
     /// The blocks of the kernels for 16 states.
-    fn shape16(&self, threads: u32, shared_bytes: usize) -> Shape {
-        let grid = [self.tiles.count.div_ceil(TILES16) as u32, self.segments.capacity as u32, 1];
+    fn shape16(&self, parts: &Parts, threads: u32, shared_bytes: usize) -> Shape {
+        let grid = [self.tiles.count.div_ceil(TILES16) as u32, parts.count as u32, 1];
         Shape { grid, block: [threads, 1, 1], shared_bytes: shared_bytes as u32 }
     }
 
@@ -221,15 +260,16 @@ impl Inputs {
 }
 
 /// Bytes of scratch that calls of these sizes take.
-pub(super) fn scratch_bytes(largest: &Largest) -> usize {
+pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let (by_token, by_segment) = (largest.state / 16, largest.state.saturating_add(2 * largest.width));
     let partials = largest.tokens.saturating_mul(by_token).saturating_mul(2);
-    partials.saturating_add(largest.segments.saturating_mul(by_segment)).saturating_mul(4)
+    let whole = partials.saturating_add(largest.segments.saturating_mul(by_segment)).saturating_mul(4);
+    whole.saturating_add(parts::most_bytes(limits, largest.d_state))
 }
 
 /// Forward of segments of few tokens: a step of decoding has about one of each.
-fn step(c: &mut Call, sizes: &ops::ScanInputs, inputs: &Inputs, arguments: Arguments, out: &Place) -> Result<()> {
-    let (channels, d_state) = (sizes.channels(), sizes.d_state());
+fn step(c: &mut Call, inputs: &Inputs, state_out: Option<Place>, out: &Place) -> Result<()> {
+    let (channels, d_state) = (inputs.channels, inputs.tiles.d_state);
     // LANES of the kernel.
     let lanes = d_state.div_ceil(4).next_power_of_two().clamp(4, 32);
     let [of_u, of_delta, of_p, of_states, ..] = inputs.defines(false);
@@ -237,7 +277,7 @@ fn step(c: &mut Call, sizes: &ops::ScanInputs, inputs: &Inputs, arguments: Argum
     let blocks = c.int("channels", (channels * lanes).div_ceil(STEP_THREADS))?;
     let grid = [blocks, inputs.segments.capacity as u32, 1];
     let shape = Shape { grid, block: [STEP_THREADS as u32, 1, 1], shared_bytes: 0 };
-    let arguments = arguments.place(out).int(c.int("channels", channels)?);
+    let arguments = inputs.arguments(inputs.state).maybe_rows(state_out).place(out).int(channels as u32);
     c.launch((&source::SELECTIVE_SCAN_STEP, "selective_scan_step"), &defines, shape, &arguments)
 }
 
@@ -246,25 +286,32 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
     let out = c.floats("out", op.out)?;
     let mut places = vec![inputs.u, inputs.delta, out];
-    places.extend(inputs.parts(&op.inputs, &inputs.projected));
-    let arguments = inputs.arguments.clone().maybe_place(state_out).size(state_out.map_or(0, |state| state.rows));
+    places.extend(inputs.places_in(&op.inputs, &inputs.projected));
     if inputs.u.rows <= 2 * inputs.segments.capacity && saved.is_none() {
-        return step(c, &op.inputs, &inputs, arguments, &out);
+        return step(c, &inputs, state_out, &out);
     }
-    let arguments = arguments.maybe_place(saved).size(saved.map_or(0, |saved| saved.rows)).place(&out);
-    let projected = inputs.projected.dtype.size();
-    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
-    if inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes()) {
+    let in_sixteens = inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes());
+    let parts = inputs.cut(c, in_sixteens);
+    let mut state = inputs.state;
+    if parts.tokens.is_some() {
+        let room = c.scratch(parts.bytes(inputs.channels, inputs.tiles.d_state))?;
+        let scanned = Scanned { x: &inputs.u, by: inputs.b, groups: op.inputs.groups_b, gate: None, back: false };
+        state = Some(enter(c, &inputs, &parts, scanned, state, room)?);
+    }
+    let arguments = parts.arguments(inputs.arguments(state)).maybe_rows(state_out).maybe_rows(saved).place(&out);
+    if in_sixteens {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
         let arguments = arguments.int(inputs.tiles.count as u32);
-        let shape = inputs.shape16(512, scan16_bytes());
-        let defines = [of_u, of_delta, of_p, ("T_OUT", out.of())];
+        let shape = inputs.shape16(&parts, 512, scan16_bytes());
+        let defines = [of_u, of_delta, of_p, ("T_OUT", out.of()), parts.define()];
         return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
     }
+    let projected = inputs.projected.dtype.size();
+    let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
     let mut defines = inputs.defines(inputs.tiles.vector(&places)).to_vec();
-    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(SCAN_CHUNK))]);
-    let shape = inputs.tiles.shape(&inputs.segments, inputs.tiles.forward_shared_bytes(row, projected));
+    defines.extend([("T_OUT", out.of()), ("GROUP", Tiles::number(SCAN_CHUNK)), parts.define()]);
+    let shape = inputs.tiles.shape(&parts, inputs.tiles.forward_shared_bytes(row, projected));
     if shape.shared_bytes as usize + RESERVED_BYTES > c.limits().shared_bytes {
         return Err(c.unsupported("a scan", format!("{} states a channel", inputs.tiles.d_state)));
     }
@@ -274,7 +321,7 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
 pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::SelectiveScanBackward) -> Result<()> {
     let inputs = Inputs::new(c, &op.inputs)?;
     let (tiles, tokens) = (inputs.tiles, inputs.u.rows);
-    let (channels, d_state, capacity) = (op.inputs.channels(), tiles.d_state, inputs.segments.capacity);
+    let (channels, d_state) = (inputs.channels, tiles.d_state);
     let (saved, dout) = (c.f32("saved", op.saved)?, c.floats("dout", op.dout)?);
     let dstate_out = c.maybe_f32("dstate_out", op.dstate_out)?;
     let (du, ddelta, da) = (c.floats("du", op.du)?, c.floats("ddelta", op.ddelta)?, c.f32("da", op.da)?);
@@ -283,7 +330,7 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let dstate_in = c.maybe_f32("dstate_in", op.dstate_in)?;
 
     let mut places = vec![inputs.u, inputs.delta, dout, du, ddelta];
-    places.extend(inputs.parts(&op.inputs, &inputs.projected).chain(inputs.parts(&op.inputs, &dprojected)));
+    places.extend(inputs.places_in(&op.inputs, &inputs.projected).chain(inputs.places_in(&op.inputs, &dprojected)));
     let vector = tiles.vector(&places);
     let group = tiles.backward_group(vector);
     places.push(saved);
@@ -295,22 +342,29 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
     let types = [("T_DOUT", &dout), ("T_DU", &du), ("T_DDELTA", &ddelta), ("T_DP", &dprojected)];
     let types_of_gradients = types.map(|(name, place)| (name, place.of()));
     defines.extend(types_of_gradients);
-    defines.push(("GROUP", Tiles::number(group)));
+    let parts = inputs.cut(c, in_sixteens);
+    defines.extend([("GROUP", Tiles::number(group)), parts.define()]);
 
     let a_group = tiles.a_group();
     let by_token = a_group.map(|count| if count > 1 { 4 * tokens * tiles.count * d_state } else { 0 });
-    let [partial_b, partial_c, partial_a, partial_d] =
-        c.scratch([by_token[0], by_token[1], 4 * capacity * channels * d_state, 8 * capacity * channels])?;
+    let [passed, spans, entering] = parts.bytes(channels, d_state);
+    let (by_a, by_d) = (4 * parts.count * channels * d_state, 8 * parts.count * channels);
+    let [partial_b, partial_c, partial_a, partial_d, passed, spans, entering] =
+        c.scratch([by_token[0], by_token[1], by_a, by_d, passed, spans, entering])?;
     let partials = [(partial_b, by_token[0]), (partial_c, by_token[1])];
     let db = dprojected.columns(op.inputs.b_col, op.inputs.groups_b * d_state);
     let dc = dprojected.columns(op.inputs.c_col, op.inputs.groups_c * d_state);
     let dz = dprojected.columns(op.inputs.z_col.unwrap_or(0), channels);
 
-    let arguments = inputs.arguments.clone().place(&saved).size(saved.rows).place(&dout).maybe_place(dstate_out);
-    let arguments = arguments.size(dstate_out.map_or(0, |state| state.rows)).place(&du).place(&ddelta).place(&dz);
+    let mut dstate = dstate_out;
+    if parts.tokens.is_some() {
+        let scanned = Scanned { x: &dout, by: inputs.c, groups: op.inputs.groups_c, gate: inputs.z, back: true };
+        dstate = Some(enter(c, &inputs, &parts, scanned, dstate, [passed, spans, entering])?);
+    }
+    let arguments = parts.arguments(inputs.arguments(None)).place(&saved).size(saved.rows).place(&dout);
+    let arguments = arguments.maybe_rows(dstate).place(&du).place(&ddelta).place(&dz);
     let and_sums = |arguments: Arguments| {
-        let arguments = arguments.pointer(partial_a).pointer(partial_d).int(channels as u32).maybe_place(dstate_in);
-        arguments.size(dstate_in.map_or(0, |state| state.rows))
+        arguments.pointer(partial_a).pointer(partial_d).int(channels as u32).maybe_rows(dstate_in)
     };
     let (source, of_dp) = (&source::SELECTIVE_SCAN_BACKWARD, ("T_DP", dprojected.of()));
     if in_sixteens {
@@ -322,16 +376,19 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
         });
         let arguments = and_sums(arguments.place(&of_b).place(&of_c));
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
-        let defines =
-            [&[of_u, of_delta, of_p, ("T_DB", of_b.of()), ("T_DC", of_c.of())], &types_of_gradients[..]].concat();
+        let defines = [
+            &[of_u, of_delta, of_p, ("T_DB", of_b.of()), ("T_DC", of_c.of()), parts.define()],
+            &types_of_gradients[..],
+        ]
+        .concat();
         let arguments = arguments.int(tiles.count as u32);
-        let shape = inputs.shape16(256, bytes16);
+        let shape = inputs.shape16(&parts, 256, bytes16);
         let source = &source::SELECTIVE_SCAN16_BACKWARD;
         c.launch((source, "selective_scan16_backward"), &defines, shape, &arguments)?;
     } else {
         let given = partials.map(|(pointer, bytes)| if bytes > 0 { pointer } else { 0 });
         let arguments = and_sums(arguments.place(&db).place(&dc).pointer(given[0]).pointer(given[1]));
-        let shape = tiles.shape(&inputs.segments, tiles.backward_shared_bytes(row, projected, group));
+        let shape = tiles.shape(&parts, tiles.backward_shared_bytes(row, projected, group));
         if shape.shared_bytes as usize + RESERVED_BYTES > c.limits().shared_bytes {
             return Err(c.unsupported("a scan's backward", format!("{d_state} states a channel")));
         }
@@ -346,7 +403,7 @@ pub(in crate::backend::cuda) fn selective_scan_backward(c: &mut Call, op: &ops::
         }
     }
     let arguments = Arguments::new().pointer(partial_a).pointer(partial_d).pointer(inputs.segments.table);
-    let arguments = arguments.int(capacity as u32).size(tokens).int(channels as u32);
+    let arguments = parts.arguments(arguments).size(tokens).int(channels as u32);
     let arguments = arguments.int(d_state as u32).place(&da).maybe(dd).maybe(dbias);
     let sums = each(1, channels * (d_state + 2));
     let by_value = Shape { grid: [sums.grid[1], 1, 1], ..sums };
