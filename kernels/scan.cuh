@@ -65,21 +65,21 @@ struct Part {
         of_segment = item;
         if constexpr (!CUT) {
             segment = segments[item];
-            return;
-        }
-        for (of_segment = 0; of_segment < count; ++of_segment) {
-            segment = segments[of_segment];
-            int parts = segment.parts(tokens, part_tokens);
-            if (item < parts) {
-                before = item;
-                after = parts - 1 - item;
-                segment.start += before * part_tokens;
-                segment.len = min(part_tokens, int(segment.len) - before * part_tokens);
-                return;
+        } else {
+            for (of_segment = 0; of_segment < count; ++of_segment) {
+                segment = segments[of_segment];
+                int parts = segment.parts(tokens, part_tokens);
+                if (item < parts) {
+                    before = item;
+                    after = parts - 1 - item;
+                    segment.start += before * part_tokens;
+                    segment.len = min(part_tokens, int(segment.len) - before * part_tokens);
+                    return;
+                }
+                item -= parts;
             }
-            item -= parts;
+            segment.len = 0;
         }
-        segment.len = 0;
     }
 
     // The row of what enters it from beyond it: its own (scan_parts.cu), or the slot of a segment that is not cut.
