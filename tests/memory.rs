@@ -33,6 +33,7 @@ fn card() -> (Device, Counters) {
         multiprocessors: 132,
         shared_bytes: 232_448,
         memory_bytes: 80 << 30,
+        launch_ns: 0,
     })
 }
 

@@ -2,6 +2,8 @@
 
 use super::config::{BlockKind, ModelConfig};
 use super::decoder::Model;
+use super::mamba;
+use super::weights::MixerIds;
 use crate::backend::{Buffer, DType, Device, Error, HostSlice, Result, Segments, View};
 
 /// Tokens of a page.
@@ -39,6 +41,8 @@ pub enum LayerCache {
         conv: Buffer,
         /// `[slots, d_inner·d_state]`.
         ssm: Buffer,
+        /// `[d_inner, d_state]`: −exp(A_log) of the weights as they were when the cache was made.
+        a: Buffer,
     },
     /// An identity block keeps nothing.
     Nothing,
@@ -75,15 +79,21 @@ impl Cache {
         let layers = config
             .blocks
             .iter()
-            .map(|kind| match (kind, &config.mamba) {
-                (BlockKind::Attention, _) => Ok(LayerCache::Attention {
+            .zip(&model.ids().blocks)
+            .map(|(kind, ids)| match (kind, &config.mamba, ids.as_ref().map(|ids| &ids.mixer)) {
+                (BlockKind::Attention, ..) => Ok(LayerCache::Attention {
                     k: device.alloc(dtype, rows, config.key_value_width())?,
                     v: device.alloc(dtype, rows, config.key_value_width())?,
                 }),
-                (BlockKind::Mamba, Some(mamba)) => Ok(LayerCache::Mamba {
-                    conv: device.alloc(DType::F32, slots, mamba.conv_state())?,
-                    ssm: device.alloc(DType::F32, slots, mamba.ssm_state())?,
-                }),
+                (BlockKind::Mamba, Some(mamba), Some(MixerIds::Mamba(ids))) => {
+                    let a = device.alloc(DType::F32, mamba.d_inner, mamba.d_state)?;
+                    mamba::decays(device, model.weights(), ids, a.view())?;
+                    Ok(LayerCache::Mamba {
+                        conv: device.alloc(DType::F32, slots, mamba.conv_state())?,
+                        ssm: device.alloc(DType::F32, slots, mamba.ssm_state())?,
+                        a,
+                    })
+                }
                 _ => Ok(LayerCache::Nothing),
             })
             .collect::<Result<_>>()?;
@@ -162,7 +172,8 @@ impl Cache {
     /// Bytes of device memory.
     pub fn bytes(&self) -> usize {
         let layer = |layer: &LayerCache| match layer {
-            LayerCache::Attention { k: a, v: b } | LayerCache::Mamba { conv: a, ssm: b } => a.bytes() + b.bytes(),
+            LayerCache::Attention { k, v } => k.bytes() + v.bytes(),
+            LayerCache::Mamba { conv, ssm, a } => conv.bytes() + ssm.bytes() + a.bytes(),
             LayerCache::Nothing => 0,
         };
         self.layers.iter().map(layer).sum::<usize>() + self.table.bytes()

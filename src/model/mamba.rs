@@ -2,7 +2,7 @@
 //! The bias of dt is added twice, once by its projection and once in the scan, as the released weights were trained.
 
 use super::cache::LayerCache;
-use super::call::{Call, matrix_gradient};
+use super::call::{Call, matrix_gradient, project_side_by_side};
 use super::config::MambaConfig;
 use super::parameters::{ParameterId, Space};
 use super::scratch::Rows;
@@ -16,21 +16,22 @@ use crate::backend::{DType, Device, Error, Out, Result, View};
 /// What forward leaves for backward.
 #[derive(Debug)]
 pub struct MambaSaved {
-    /// `[tokens, 2·d_inner + 2·d_xb]`: z, x, B, C.
+    /// `[tokens, 2·d_inner + 2·d_xb + dt_rank]`: z, x, B, C, and the low-rank input of dt; then columns for rows to be aligned.
     projected: Rows,
-    /// `[tokens, dt_rank]`.
-    low: Rows,
     /// `[tokens, d_inner]`: dt before its bias is added once more.
     delta: Rows,
     /// `[tokens, d_inner]`: the convolution's output.
     u: Rows,
-    /// `[d_inner, d_state]`: −exp(A_log).
+    /// `[d_inner, d_state]`: −exp(A_log), where there is no cache that has it.
     a: Rows,
     /// States at the starts of chunks, `[chunks, d_inner·d_state]`; forward without backward has none.
     states: Option<Rows>,
     /// `[tokens, d_inner]`: the gated output of the scan.
     gated: Rows,
 }
+
+/// Values that rows are a multiple of, so that kernels may read several at once.
+const ALIGNED: usize = 16;
 
 /// Memory of backward.
 #[derive(Debug)]
@@ -55,8 +56,7 @@ impl MambaSaved {
         let chunks = ScanInputs::saved_rows(tokens, segments, device.info().scan_chunk);
         let states = training.then(|| Rows::new(device, DType::F32, chunks, mamba.ssm_state())).transpose()?;
         Ok(MambaSaved {
-            projected: rows(mamba.in_proj_rows())?,
-            low: rows(mamba.dt_rank)?,
+            projected: rows((mamba.in_proj_rows() + mamba.dt_rank).next_multiple_of(ALIGNED))?,
             delta: rows(mamba.d_inner)?,
             u: rows(mamba.d_inner)?,
             a: Rows::new(device, DType::F32, mamba.d_inner, mamba.d_state)?,
@@ -77,8 +77,13 @@ impl MambaSaved {
     ///
     /// # Errors
     /// When it was made for fewer tokens.
-    pub fn low(&self, tokens: usize) -> Result<View> {
-        self.low.of(tokens)
+    pub fn low(&self, mamba: &MambaConfig, tokens: usize) -> Result<View> {
+        self.projected.of(tokens)?.col_range(mamba.in_proj_rows(), mamba.dt_rank)
+    }
+
+    /// `[tokens, 2·d_inner + 2·d_xb]`: z, x, B, C.
+    fn zxbc(&self, mamba: &MambaConfig, tokens: usize) -> Result<View> {
+        self.projected.of(tokens)?.col_range(0, mamba.in_proj_rows())
     }
 
     /// `[tokens, d_xb]`: x before the head repeat and the convolution.
@@ -148,19 +153,24 @@ fn maybe_gradient(gradients: &Gradients, id: Option<ParameterId>) -> Result<Opti
     Ok(id.map(|id| gradients.of(id)).transpose()?.flatten())
 }
 
+/// −exp(A_log) into `a`, `[d_inner, d_state]`.
+pub(super) fn decays(device: &Device, weights: &Space, ids: &MambaIds, a: View) -> Result<()> {
+    device.neg_exp(&NegExp { a_log: weights.view(ids.a_log)?, a })
+}
+
 fn scan_inputs(
     call: &Call,
     mamba: &MambaConfig,
     weights: &Space,
     ids: &MambaIds,
-    saved: &MambaSaved,
+    (saved, a): (&MambaSaved, View),
 ) -> Result<ScanInputs> {
     let n = call.tokens;
     Ok(ScanInputs {
         u: saved.u.of(n)?,
         delta: saved.delta.of(n)?,
-        a: saved.a.whole(),
-        projected: saved.projected.of(n)?,
+        a,
+        projected: saved.zxbc(mamba, n)?,
         b_col: mamba.b_col(),
         c_col: mamba.c_col(),
         z_col: Some(0),
@@ -184,20 +194,19 @@ pub(super) fn scan(
     saved: &MambaSaved,
 ) -> Result<()> {
     let (device, n, segments) = (call.device, call.tokens, call.segments);
-    let (projected, low, delta) = (saved.projected.of(n)?, saved.low.of(n)?, saved.delta.of(n)?);
-    let products = [
-        (x, ids.in_proj, ids.in_proj_bias, projected),
-        (x, ids.dt_in_proj, ids.dt_in_proj_bias, low),
-        (low, ids.dt_proj, ids.dt_bias, delta),
-    ];
-    for (x, weight, bias, out) in products {
-        let (weight, bias) = (weights.view(weight)?, maybe(weights, bias)?);
-        device.linear(&Linear { x, weight, bias, out: Out::assign(out) })?;
-    }
-    device.neg_exp(&NegExp { a_log: weights.view(ids.a_log)?, a: saved.a.whole() })?;
-    let (conv_state, ssm_state) = match call.cache.map(|cache| cache.layer(layer)) {
-        None => (None, None),
-        Some(LayerCache::Mamba { conv, ssm }) => (Some(conv.view()), Some(ssm.view())),
+    let (projected, low) = (saved.zxbc(mamba, n)?, saved.low(mamba, n)?);
+    let both = saved.projected.of(n)?.col_range(0, projected.cols + low.cols)?;
+    let parts = [(ids.in_proj, ids.in_proj_bias), (ids.dt_in_proj, ids.dt_in_proj_bias)];
+    project_side_by_side(call, weights, x, parts, both)?;
+    let (weight, bias) = (weights.view(ids.dt_proj)?, maybe(weights, ids.dt_bias)?);
+    device.linear(&Linear { x: low, weight, bias, out: Out::assign(saved.delta.of(n)?) })?;
+    let (conv_state, ssm_state, a) = match call.cache.map(|cache| cache.layer(layer)) {
+        None => {
+            let a = saved.a.whole();
+            decays(device, weights, ids, a)?;
+            (None, None, a)
+        }
+        Some(LayerCache::Mamba { conv, ssm, a }) => (Some(conv.view()), Some(ssm.view()), a.view()),
         Some(_) => {
             return Err(Error::Argument { op: "mamba", what: format!("the cache has no states at layer {layer}") });
         }
@@ -213,7 +222,7 @@ pub(super) fn scan(
         state_out: conv_state,
         out: saved.u.of(n)?,
     })?;
-    let inputs = ScanInputs { state_in: ssm_state, ..scan_inputs(call, mamba, weights, ids, saved)? };
+    let inputs = ScanInputs { state_in: ssm_state, ..scan_inputs(call, mamba, weights, ids, (saved, a))? };
     let states = saved.states.as_ref().map(Rows::whole);
     device.selective_scan(&SelectiveScan { inputs, state_out: ssm_state, saved: states, out: saved.gated.of(n)? })
 }
@@ -246,7 +255,7 @@ pub(super) fn backward(
     let weight = weights.view(ids.out_proj)?;
     device.linear_backward_input(&LinearBackwardInput { dout, weight, dx: Out::assign(dgated) })?;
     device.selective_scan_backward(&SelectiveScanBackward {
-        inputs: scan_inputs(call, mamba, weights, ids, saved)?,
+        inputs: scan_inputs(call, mamba, weights, ids, (saved, saved.a.whole()))?,
         saved: states,
         dout: dgated,
         dstate_out: None,
@@ -264,7 +273,7 @@ pub(super) fn backward(
     let conv = mamba.conv_shape();
     device.conv1d_backward(&Conv1dBackward {
         shape: conv,
-        projected: saved.projected.of(n)?,
+        projected: saved.zxbc(mamba, n)?,
         x_col: mamba.x_col(),
         weight: weights.view(ids.conv)?,
         bias: maybe(weights, ids.conv_bias)?,
@@ -278,7 +287,7 @@ pub(super) fn backward(
         dstate_in: None,
     })?;
 
-    matrix_gradient(call, (saved.low.of(n)?, ddelta), gradients.of(ids.dt_proj)?, gradient_of(ids.dt_bias)?)?;
+    matrix_gradient(call, (saved.low(mamba, n)?, ddelta), gradients.of(ids.dt_proj)?, gradient_of(ids.dt_bias)?)?;
     let weight = weights.view(ids.dt_proj)?;
     device.linear_backward_input(&LinearBackwardInput { dout: ddelta, weight, dx: Out::assign(dlow) })?;
     matrix_gradient(call, (x, dprojected), gradients.of(ids.in_proj)?, gradient_of(ids.in_proj_bias)?)?;

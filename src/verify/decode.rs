@@ -64,7 +64,7 @@ fn states(
             }
         };
         match (cache.layer(layer), &config.mamba) {
-            (LayerCache::Mamba { conv, ssm }, Some(mamba)) => {
+            (LayerCache::Mamba { conv, ssm, .. }, Some(mamba)) => {
                 let conv = device.read(conv.view())?.wait()?;
                 let sequences = conv.chunks_exact(mamba.conv_state());
                 let repeated: Vec<f32> = sequences.flat_map(|state| repeat(mamba, state, mamba.d_conv)).collect();

@@ -134,7 +134,7 @@ fn mixer(
     };
     compare("input", &device.read(saved.normed(tokens)?)?.wait()?)?;
     if let Some(states) = saved.mamba() {
-        compare("dt_lowrank", &device.read(states.low(tokens)?)?.wait()?)?;
+        compare("dt_lowrank", &device.read(states.low(mamba, tokens)?)?.wait()?)?;
         let rows = device.read(states.conv_input(mamba, tokens)?)?.wait()?;
         let channels = mamba.conv_channels();
         let repeated: Vec<f32> = rows.chunks_exact(mamba.d_xb).flat_map(|row| repeat(mamba, row, 1)).collect();
