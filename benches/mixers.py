@@ -293,13 +293,16 @@ def conv():
         partial = torch.empty(blocks, ci * rep, w + 1, device=DEV)
         dweight, dbias = torch.zeros(ci * rep, w, device=DEV), torch.zeros(ci * rep, device=DEV)
         c = CTYPE[dtype]
-        k = kernel("conv1d.cu", "conv1d", T_X=c, T_W=c, T_OUT=c, TAPS=w)
+        pack = 2 if head % 2 == 0 else 1
+        column_blocks = -(-ci // pack // 128)
+        conv_rows = max(1, min(64, t * column_blocks // (4 * MULTIPROCESSORS)))
+        k = kernel("conv1d.cu", "conv1d", T_X=c, T_W=c, T_OUT=c, TAPS=w, REPEAT=rep, PACK=pack)
         d = dict(T_X=c, T_W=c, T_DOUT=c, T_DX=c, TAPS=w, REPEAT=rep)
         kb, ks = kernel("conv1d_backward.cu", "conv1d_backward", **d), kernel("conv1d_backward.cu", "conv1d_backward_sum", **d)
-        a = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(rep), I(1), Rows(0, 0), L(0), R(out), I(64)]
+        a = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci), I(head), I(rep), I(1), Rows(0, 0), L(0), R(out), I(conv_rows)]
         ab = [R(x), R(weight), P(bias), P(table), I(len(lengths)), L(t), I(ci * rep), I(head), I(1), Rows(0, 0), L(0), R(dout), Rows(0, 0), L(0), R(dx), P(partial)]
         asum = [P(partial), I(blocks), I(ci * rep), R(dweight), P(dbias)]
-        forward = lambda: k((blocks, (ci * rep + 127) // 128), (128,), 0, a)
+        forward = lambda: k((-(-t // conv_rows), column_blocks), (128,), 0, a)
 
         def backward():
             kb((blocks, -(-ci // 128)), (128,), 0, ab)

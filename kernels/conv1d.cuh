@@ -7,9 +7,6 @@
 // Rows whose values a thread loads at once.
 #define AHEAD 8
 
-// The input channel of an output channel.
-H1_DEVICE int input_channel(int c, int head, int repeat) { return c / (head * repeat) * head + c % head; }
-
 // The input of a segment at row t, which may lie up to TAPS rows before its first.
 template <class T>
 H1_DEVICE float past_input(Rows<const T> x, Rows<const float> state, long long slots, Segment segment, long long t,

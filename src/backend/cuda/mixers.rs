@@ -37,7 +37,10 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
     for of in types {
         for weight in types {
             let more = [("T_W", weight), ("TAPS", Value::Number(4)), ("REPEAT", Value::Number(4))];
-            all.push(alike(&source::CONV1D, &["T_X", "T_OUT"], of, &more[..2]));
+            for pack in [1, 2] {
+                let unit = [&more[..], &[("PACK", Value::Number(pack))]].concat();
+                all.push(alike(&source::CONV1D, &["T_X", "T_OUT"], of, &unit));
+            }
             all.push(alike(&source::CONV1D_BACKWARD, &["T_X", "T_DOUT", "T_DX"], of, &more));
         }
         for [forward, backward] in scan::layouts() {

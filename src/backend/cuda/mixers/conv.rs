@@ -1,14 +1,15 @@
 //! The convolution's launches: `kernels/conv1d.cu` and `kernels/conv1d_backward.cu`.
 
-use crate::backend::cuda::call::{Call, each};
+use crate::backend::cuda::call::{Call, Place, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
 /// The most rows that a block takes, CONV_ROWS of the kernels.
 const ROWS: usize = 64;
-/// Threads of a block.
+/// Threads of a block, and blocks a multiprocessor.
 const THREADS: usize = 128;
+const BLOCKS: usize = 4;
 
 /// Bytes of scratch that calls of these sizes take, for filters of four taps.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
@@ -20,6 +21,14 @@ fn partial_bytes(tokens: usize, filters: usize, taps: usize) -> usize {
     tokens.div_ceil(ROWS).saturating_mul(filters).saturating_mul(4 * (taps + 1))
 }
 
+/// What a thread of `conv1d` takes: of so many repeats, and of so many neighbouring channels.
+fn unit(shape: &ops::ConvShape, x: &Place, out: &Place) -> (usize, usize) {
+    let repeats = [4, 3, 2, 1].into_iter().find(|&repeats| shape.repeat.is_multiple_of(repeats)).unwrap_or(1);
+    let aligned = |place: &Place| place.alignment() >= 2 * place.dtype.size();
+    let pack = if shape.head.is_multiple_of(2) && aligned(x) && aligned(out) { 2 } else { 1 };
+    (repeats, pack)
+}
+
 pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result<()> {
     let shape = &op.shape;
     let x = c.floats("projected", op.projected)?.columns(op.x_col, shape.channels_in);
@@ -27,10 +36,13 @@ pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result
     let bias = op.bias.map(|bias| c.like("bias", bias, &weight)).transpose()?;
     let (state_in, state_out) = (c.maybe_f32("state_in", op.state_in)?, c.maybe_f32("state_out", op.state_out)?);
     let (segments, out) = (c.segments(&op.segments)?, c.floats("out", op.out)?);
-    let (channels_in, channels_out) = (c.int("channels", shape.channels_in)?, c.int("channels", out.cols)?);
+    let channels_in = c.int("channels", shape.channels_in)?;
     let (capacity, taps) = (c.int("segments", segments.capacity)?, c.int("taps", shape.width)?);
     let slots = state_in.map_or(0, |state| state.rows);
-    let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("TAPS", Value::Number(taps))];
+    let (repeats, pack) = unit(shape, &x, &out);
+    let [repeats_of, pack_of] = [repeats, pack].map(|number| Value::Number(number as u32));
+    let types = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("TAPS", Value::Number(taps))];
+    let defines = [&types[..], &[("REPEAT", repeats_of), ("PACK", pack_of)]].concat();
 
     let (head, repeat) = (c.int("head", shape.head)?, c.int("repeat", shape.repeat)?);
     if x.rows <= 2 * segments.capacity {
@@ -42,10 +54,10 @@ pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result
         return c.launch((&source::CONV1D, "conv1d_step"), &defines, by_inputs, &arguments);
     }
     let arguments = Arguments::new().place(&x).place(&weight).maybe(bias).pointer(segments.table).int(capacity);
-    let arguments = arguments.size(x.rows).int(channels_out).int(head).int(repeat).int(shape.repeat_first.into());
+    let arguments = arguments.size(x.rows).int(channels_in).int(head).int(repeat).int(shape.repeat_first.into());
     // Where there are few rows, as in a step of decoding, so few a block that every multiprocessor has one.
-    let column_blocks = out.cols.div_ceil(THREADS).min(65535);
-    let rows = (x.rows * column_blocks / (4 * c.limits().multiprocessors)).clamp(1, ROWS);
+    let column_blocks = (out.cols / (repeats * pack)).div_ceil(THREADS).min(65535);
+    let rows = (x.rows * column_blocks / (BLOCKS * c.limits().multiprocessors)).clamp(1, ROWS);
     let arguments = arguments.maybe_place(state_in).size(slots).place(&out).int(rows as u32);
     let grid = [c.int("row blocks", x.rows.div_ceil(rows))?, column_blocks as u32, 1];
     let by_columns = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: 0 };
