@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP, 4)
     long long first = part.segment.start + (BACK ? begin + max(left - 1, 0) : begin);
     const T_X* x_at = x.row(first) + channel;
     const T_DELTA* delta_at = delta.row(first) + channel;
-    const T_P *z_at = BACK && z.data ? z.row(first) + channel : nullptr, *by_at = by.row(first) + channel / per_group * D_STATE + first_state;
+    const T_P* z_at = BACK && z.data ? z.row(first) + channel : nullptr;
+    const T_P* by_at = by.row(first) + channel / per_group * D_STATE + first_state;
     constexpr int STEP = BACK ? -1 : 1;
     struct Tokens {
         T_X x[AHEAD];

@@ -30,10 +30,10 @@ pub struct Parts {
     segments: usize,
 }
 
-/// What a scan is like whose segments may be cut.
+/// A scan whose segments may be cut.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Rows of all segments, and how many segments there may be.
+    /// Rows of all segments, of which there are at most so many.
     pub tokens: usize,
     pub segments: usize,
     /// Blocks of a part, and how many of them share a multiprocessor with gain.
@@ -44,7 +44,7 @@ pub struct Sizes {
 }
 
 impl Parts {
-    /// As many parts as fill the card and are worth it: parts of other segments would have to wait for a second turn.
+    /// As many parts as fill the card, if they are worth it; one more would wait until another is done.
     pub fn new(limits: &Limits, sizes: Sizes) -> Self {
         let Sizes { tokens, segments, blocks, a_multiprocessor, states } = sizes;
         let whole = Parts { tokens: None, count: segments, segments };
@@ -141,7 +141,7 @@ pub fn enter(
     let of_parts = shape(channels.div_ceil(32 / lanes), parts.count * STRETCHES);
     c.launch((&source::SCAN_PARTS, "scan_parts"), &defines, of_parts, &arguments)?;
     let arguments = Arguments::new().place(&inputs.a).pointer(inputs.segments.table).size(inputs.u.rows);
-    let arguments = passes(arguments).maybe_place(state).size(state.map_or(0, |state| state.rows)).pointer(entering);
+    let arguments = passes(arguments).maybe_rows(state).pointer(entering);
     let of_segments = shape((channels * d_state).div_ceil(THREADS), parts.segments);
     c.launch((&source::SCAN_PARTS, "scan_enter"), &defines, of_segments, &arguments)?;
     let values = channels * d_state;
