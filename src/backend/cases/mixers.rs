@@ -313,9 +313,12 @@ impl Scan {
         let (segments, slots) = if long { t.long_sequence()? } else { t.sequences(true)? };
         let tokens = segments.tokens();
         let d_state = if d_state > 0 { d_state } else { t.size(33) };
-        let groups = (t.one_of(&[1, 2, 4]), t.one_of(&[1, 2, 4]));
         let in_tiles = t.in_tiles() && d_state == 16;
-        let channels = groups.0.max(groups.1) * if in_tiles { t.one_of(&[16, 32, 48]) } else { t.size(40) };
+        // Few channels, and no room for other segments, leave it to parts of the sequence, even on a small device.
+        let (groups, tiles, most): (&[_], &[_], _) =
+            if long { (&[1, 2], &[16, 32], 16) } else { (&[1, 2, 4], &[16, 32, 48], 40) };
+        let groups = (t.one_of(groups), t.one_of(groups));
+        let channels = groups.0.max(groups.1) * if in_tiles { t.one_of(tiles) } else { t.size(most) };
         let gaps = if in_tiles { [0, 0, 8, 16] } else { [0, 0, 1, 16] };
         let widths = [groups.0 * d_state, groups.1 * d_state, channels];
         // B, C and z in any order, with columns between them that must not be read.
@@ -329,7 +332,7 @@ impl Scan {
         let parts = if gated { 3 } else { 2 };
         let inside = |col: usize| (0..parts).any(|part| (columns[part]..columns[part] + widths[part]).contains(&col));
         let softplus = t.one_of(&[true, true, false]);
-        let segments_of = t.segments(&segments)?;
+        let segments_of = if long { t.segments_beside(&segments, 0) } else { t.segments(&segments) }?;
         let projected =
             t.input_of("projected", tokens, cols, |t, _, col| if inside(col) { t.normal() } else { f64::NAN })?;
         let u = t.input("u", tokens, channels)?;

@@ -360,9 +360,15 @@ impl Trial {
         self.drawn(plan, |t, _, _| if add { t.normal() } else { f64::NAN })
     }
 
-    /// The device table and positions of segments.
+    /// The device table and positions of segments, with a few empty rows perhaps.
     pub fn segments(&mut self, segments: &Segments) -> Result<(Arg, Arg)> {
-        let capacity = segments.list().len() + self.one_of(&[0, 1, 3]);
+        let spare = self.one_of(&[0, 1, 3]);
+        self.segments_beside(segments, spare)
+    }
+
+    /// The device table and positions of segments, with `spare` empty rows.
+    pub fn segments_beside(&mut self, segments: &Segments, spare: usize) -> Result<(Arg, Arg)> {
+        let capacity = segments.list().len() + spare;
         let (mut table, mut positions) = (Vec::new(), Vec::new());
         segments.table(capacity, &mut table);
         segments.positions(&mut positions);
