@@ -1,10 +1,10 @@
 // The selective scan of Mamba-1 over segments, forward. With dt = softplus(delta + delta_bias), for channel c, state m:
 // s_t[c, m] = exp(dt·A[c, m])·s_{t−1}[c, m] + dt·u_t[c]·B_t[m], out_t[c] = (Σ_m s_t[c, m]·C_t[m] + D[c]·u_t[c])·silu(z_t[c]).
 //
-// A block has one segment, or a part of one, and one tile of channels (scan.cuh), whose B and C it reads once. It goes through time STEPS
-// tokens at a time, with the next STAGES times STEPS on their way into shared memory: the threads make dt, dt·u, B and
-// C as f32; each lane runs its states through them, GROUP tokens in one stretch of code, so that all but the additions
-// to a state can overlap; the lanes of a channel add their shares of y; then the threads gate and store.
+// A block has one segment, or a part of one, and one tile of channels (scan.cuh), whose B and C it reads once. It goes through
+// time STEPS tokens at a time, with the next STAGES times STEPS on their way into shared memory: the threads make dt, dt·u, B
+// and C as f32; each lane runs its states through them, GROUP tokens in one stretch of code, so that all but the additions to
+// a state can overlap; the lanes of a channel add their shares of y; then the threads gate and store.
 // Every SCAN_CHUNK tokens the state is saved for backward.
 //
 // Shared memory: forward_shared_bytes in mixers/scan.rs, 28 KiB for D_STATE 16 and bf16.
