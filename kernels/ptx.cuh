@@ -9,7 +9,7 @@
 
 // Waits until the launches before this one are done, and lets the next one start. A kernel whose file calls it is launched
 // while the one before it still runs (Source::early), and reads and writes nothing before but weights, tables of a call, and
-// keys that an earlier call stored.
+// keys and states that an earlier call stored.
 H1_DEVICE void after_earlier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");

@@ -1,20 +1,33 @@
-// The selective scan (selective_scan.cu) of a token or a few of each segment, as in a step of decoding.
+// The selective scan (selective_scan.cu) of a token or a few of each segment, as in a step of decoding; where TAPS is given, of
+// what the convolution (conv1d.cu) makes of their x.
 //
-// Bound by the bytes of the states, each read and written once: LANES lanes have a channel, STATES states each; nothing is
-// shared but among them. A block has one segment.
+// Bound by the bytes of the states, each read and written once: LANES lanes have a channel, STATES states each. A block has one
+// segment, and all outputs of the convolution's inputs that it has, so that their state may lie where it lay before. States and
+// weights are asked for before the launch before this one is done: an earlier one wrote them.
 //
-// Macros: T_U, T_DELTA, T_P, T_OUT, D_STATE. Source: Gu and Dao, arXiv:2312.00752.
+// Macros: T_U, T_DELTA, T_P, T_OUT, D_STATE; TAPS, T_X, T_W. Source: Gu and Dao, arXiv:2312.00752.
 #define LANES (D_STATE <= 16 ? 4 : D_STATE <= 32 ? 8 : D_STATE <= 64 ? 16 : 32)
 #define TILE 1
 #define VECTOR 0
 #define CUT 0
 #include "scan.cuh"
 
+#ifdef TAPS
+#include "conv1d.cuh"
+// What the convolution reads and writes; made is where u is kept, if it is.
+#define OF_CONV                                                                                                    \
+    , Rows<const T_X> x, Rows<const T_W> weight, const T_W *conv_bias, int head, int repeat, int repeat_first,     \
+        Rows<const float> inputs_in, long long inputs_slots, Rows<float> inputs_out, long long inputs_slots_out,   \
+        Rows<T_U> made
+#else
+#define OF_CONV
+#endif
+
 extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_out, long long slots_out, Rows<T_OUT> out,
-                                               int channels) {
-    after_earlier();
+                                               int channels OF_CONV) {
     Segment segment = segments[blockIdx.y];
-    if (segment.len == 0 || !segment.lies_in(tokens)) return;
+    // Of one that is not there no token is read and no slot written; every block waits for earlier launches.
+    if (segment.len == 0 || !segment.lies_in(tokens)) segment = {0, 0, 0, ~0u, 0};
     int channel = (blockIdx.x * blockDim.x + threadIdx.x) / LANES, first = threadIdx.x % LANES * STATES;
     // Lanes past the last channel take part in the sums of their warp.
     bool valid = channel < channels;
@@ -38,9 +51,32 @@ extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_ou
     float skip = d ? d[channel] : 0.0f, bias = delta_bias ? delta_bias[channel] : 0.0f;
     b.data += channel / per_b * D_STATE;
     c.data += channel / per_c * D_STATE;
+#ifdef TAPS
+    int from = channel / (head * repeat) * head + channel % head, filter = repeat_first ? channel : from;
+    float taps[TAPS], window[TAPS], base = conv_bias ? load(conv_bias + filter) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < TAPS; ++k) {
+        taps[k] = load(weight.row(filter) + k);
+        window[k] = past_input(x, inputs_in, inputs_slots, segment, (long long)segment.start - TAPS + k, from);
+    }
+    auto u_of = [&](long long t) {
+        float sum = base;
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) {
+            window[k] = k + 1 < TAPS ? window[k + 1] : load(x.row(t) + from);
+            sum = fmaf(taps[k], window[k], sum);
+        }
+        float value = silu(sum);
+        if (made.data && valid && first == 0) store(made.row(t) + channel, value);
+        return value;
+    };
+#else
+    auto u_of = [&](long long t) { return load(u.row(t) + channel); };
+#endif
+    after_earlier();
     for (unsigned i = 0; i < segment.len; ++i) {
         long long t = (long long)segment.start + i;
-        float input = load(u.row(t) + channel), dt = load(delta.row(t) + channel) + bias, y = 0.0f;
+        float input = u_of(t), dt = load(delta.row(t) + channel) + bias, y = 0.0f;
         if (softplus) dt = softplus_of(dt);
 #pragma unroll
         for (int s = 0; s < STATES; ++s) {
@@ -54,6 +90,14 @@ extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_ou
         if (z.data) y *= silu(load(z.row(t) + channel));
         if (valid && first == 0) store(out.row(t) + channel, y);
     }
+#ifdef TAPS
+    // Of the outputs that an input has, the first one writes its state, which all have read.
+    __syncthreads();
+    if (valid && first == 0 && channel / head % repeat == 0 && inputs_out.data && segment.slot < inputs_slots_out) {
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) inputs_out.row(segment.slot)[(long long)from * TAPS + k] = window[k];
+    }
+#endif
     if (!valid || !state_out.data || segment.slot >= slots_out) return;
     float* after = state_out.row(segment.slot) + of_channel;
     if (wide) {

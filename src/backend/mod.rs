@@ -252,4 +252,23 @@ pub trait Backend: Send + Sync {
     fn clip_factor(&self, op: &ops::ClipFactor) -> Result<()>;
     /// See [`ops::AdamW`].
     fn adamw(&self, op: &ops::AdamW) -> Result<()>;
+
+    // Two ops that follow each other. A backend may make them in one launch, and need not write what goes from one to the
+    // other where nobody keeps it.
+
+    /// See [`ops::LinearSwiglu`].
+    fn linear_swiglu(&self, op: &ops::LinearSwiglu) -> Result<()> {
+        self.linear(&op.linear)?;
+        self.swiglu(&op.swiglu)
+    }
+    /// See [`ops::RopePageWrite`].
+    fn rope_page_write(&self, op: &ops::RopePageWrite) -> Result<()> {
+        self.rope(&op.rope)?;
+        self.page_write(&op.write)
+    }
+    /// See [`ops::ConvScan`].
+    fn conv_scan(&self, op: &ops::ConvScan) -> Result<()> {
+        self.conv1d(&op.conv)?;
+        self.selective_scan(&op.scan)
+    }
 }

@@ -156,6 +156,14 @@ impl View {
         Ok(View { offset: self.offset.saturating_add(first), cols, ..*self })
     }
 
+    /// The column of `whole` where this view starts, if it is columns of it.
+    pub fn col_in(&self, whole: View) -> Option<usize> {
+        let first = self.offset.checked_sub(whole.offset)?;
+        let alike = View { offset: whole.offset, cols: whole.cols, ..*self } == whole;
+        let inside = first.checked_add(self.cols).is_some_and(|end| end <= whole.cols);
+        (alike && inside && self.order == Order::Rows).then_some(first)
+    }
+
     /// A matrix inside a contiguous view, `first` values from its start.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use super::parameters::Space;
 use super::scratch::Rows;
 use super::weights::{AttentionIds, Gradients};
 use crate::backend::ops::{
-    self, AttentionBackward, AttentionShape, Keys, Linear, LinearBackwardInput, PageWrite, Rope,
+    self, AttentionBackward, AttentionShape, Keys, Linear, LinearBackwardInput, PageWrite, Rope, RopePageWrite,
 };
 use crate::backend::{DType, Device, Error, Out, Result, View};
 
@@ -75,9 +75,8 @@ fn shape(config: &ModelConfig) -> AttentionShape {
     }
 }
 
-fn rotate(call: &Call, config: &ModelConfig, inv_freq: View, x: View, inverse: bool) -> Result<()> {
-    let positions = call.segments.positions;
-    call.device.rope(&Rope { x, head_dim: config.head_dim, positions, inv_freq, inverse })
+fn rotation(call: &Call, config: &ModelConfig, inv_freq: View, x: View, inverse: bool) -> Rope {
+    Rope { x, head_dim: config.head_dim, positions: call.segments.positions, inv_freq, inverse }
 }
 
 /// Queries, keys and values of `x`, and what the heads make of them, into `saved`.
@@ -94,9 +93,12 @@ pub(super) fn attend(
     project_side_by_side(call, weights, x, projections, saved.qkv.of(n)?)?;
     let [q, k, v] = saved.qkv(config, n)?;
     // Queries and keys lie side by side, heads all.
-    rotate(call, config, inv_freq, saved.qkv.of(n)?.col_range(0, q.cols + k.cols)?, false)?;
+    let rope = rotation(call, config, inv_freq, saved.qkv.of(n)?.col_range(0, q.cols + k.cols)?, false);
     let keys = match call.cache {
-        None => Keys::Rows { k, v },
+        None => {
+            device.rope(&rope)?;
+            Keys::Rows { k, v }
+        }
         Some(cache) => {
             let LayerCache::Attention { k: all_k, v: all_v } = cache.layer(layer) else {
                 return Err(Error::Argument {
@@ -106,7 +108,8 @@ pub(super) fn attend(
             };
             let (pages, page_size) = (cache.pages(), PAGE_SIZE);
             let out = [all_k.view(), all_v.view()];
-            device.page_write(&PageWrite { rows: [k, v], segments, pages, page_size, out })?;
+            let write = PageWrite { rows: [k, v], segments, pages, page_size, out };
+            device.rope_page_write(&RopePageWrite { rope, write })?;
             // Read where they are: in pages they are the same, unless these hold them with fewer bits.
             if call.fresh && all_k.view().dtype == k.dtype {
                 Keys::Rows { k, v }
@@ -161,8 +164,8 @@ pub(super) fn backward(
         dk,
         dv,
     })?;
-    rotate(call, config, inv_freq, dq, true)?;
-    rotate(call, config, inv_freq, dk, true)?;
+    device.rope(&rotation(call, config, inv_freq, dq, true))?;
+    device.rope(&rotation(call, config, inv_freq, dk, true))?;
     let projections = [(ids.q, ids.q_bias, dq), (ids.k, ids.k_bias, dk), (ids.v, ids.v_bias, dv)];
     for (i, (id, bias, dout)) in projections.into_iter().enumerate() {
         let dbias = bias.map(|bias| gradients.of(bias)).transpose()?.flatten();

@@ -67,7 +67,7 @@ impl BlockSaved {
             middle: training.then(rows).transpose()?,
             post_normed: rows()?,
             post_inv_rms: column()?,
-            mlp: MlpSaved::new(device, config, dtype, tokens)?,
+            mlp: MlpSaved::new(device, config, room)?,
         })
     }
 

@@ -41,8 +41,22 @@ pub(super) fn matrix_gradient(
     call.device.linear_backward_weight(&LinearBackwardWeight { x, dout, dweight, dbias })
 }
 
-/// Projections of one input, each a weight and perhaps a bias, side by side into `out`: a single product where their parameters
-/// lie one after the other.
+/// Projections of one input, each a weight and perhaps a bias, side by side into `out`, as the single product that they are
+/// where their parameters lie one after the other.
+pub(super) fn joined_projection<const N: usize>(
+    weights: &Space,
+    x: View,
+    parts: [(ParameterId, Option<ParameterId>); N],
+    out: View,
+) -> Result<Option<Linear>> {
+    let biased = parts.iter().all(|(_, bias)| bias.is_some());
+    let weight = weights.joined(parts.map(|(weight, _)| weight))?;
+    let bias = if biased { weights.joined(parts.map(|(weight, bias)| bias.unwrap_or(weight)))? } else { None };
+    let whole = bias.is_some() || parts.iter().all(|(_, bias)| bias.is_none());
+    Ok(weight.filter(|_| whole).map(|weight| Linear { x, weight, bias, out: Out::assign(out) }))
+}
+
+/// Projections of one input side by side into `out`: a single product where they are one.
 pub(super) fn project_side_by_side<const N: usize>(
     call: &Call,
     weights: &Space,
@@ -50,13 +64,8 @@ pub(super) fn project_side_by_side<const N: usize>(
     parts: [(ParameterId, Option<ParameterId>); N],
     out: View,
 ) -> Result<()> {
-    let biased = parts.iter().all(|(_, bias)| bias.is_some());
-    let weight = weights.joined(parts.map(|(weight, _)| weight))?;
-    let bias = if biased { weights.joined(parts.map(|(weight, bias)| bias.unwrap_or(weight)))? } else { None };
-    if let Some(weight) = weight
-        && (bias.is_some() || parts.iter().all(|(_, bias)| bias.is_none()))
-    {
-        return call.device.linear(&Linear { x, weight, bias, out: Out::assign(out) });
+    if let Some(linear) = joined_projection(weights, x, parts, out)? {
+        return call.device.linear(&linear);
     }
     let mut first = 0;
     for (weight, bias) in parts {

@@ -8,8 +8,8 @@ use super::parameters::{ParameterId, Space};
 use super::scratch::Rows;
 use super::weights::{Gradients, MambaIds};
 use crate::backend::ops::{
-    Conv1d, Conv1dBackward, ConvShape, Linear, LinearBackwardInput, NegExp, NegExpBackward, ScanInputs, SelectiveScan,
-    SelectiveScanBackward,
+    Conv1d, Conv1dBackward, ConvScan, ConvShape, Linear, LinearBackwardInput, NegExp, NegExpBackward, ScanInputs,
+    SelectiveScan, SelectiveScanBackward,
 };
 use crate::backend::{DType, Device, Error, Out, Result, View};
 
@@ -20,7 +20,7 @@ pub struct MambaSaved {
     projected: Rows,
     /// `[tokens, d_inner]`: dt before its bias is added once more.
     delta: Rows,
-    /// `[tokens, d_inner]`: the convolution's output.
+    /// `[tokens, d_inner]`: the convolution's output; anything after a forward without backward.
     u: Rows,
     /// `[d_inner, d_state]`: −exp(A_log), where there is no cache that has it.
     a: Rows,
@@ -211,7 +211,7 @@ pub(super) fn scan(
             return Err(Error::Argument { op: "mamba", what: format!("the cache has no states at layer {layer}") });
         }
     };
-    device.conv1d(&Conv1d {
+    let conv = Conv1d {
         shape: mamba.conv_shape(),
         projected,
         x_col: mamba.x_col(),
@@ -221,10 +221,11 @@ pub(super) fn scan(
         state_in: conv_state,
         state_out: conv_state,
         out: saved.u.of(n)?,
-    })?;
+    };
     let inputs = ScanInputs { state_in: ssm_state, ..scan_inputs(call, mamba, weights, ids, (saved, a))? };
     let states = saved.states.as_ref().map(Rows::whole);
-    device.selective_scan(&SelectiveScan { inputs, state_out: ssm_state, saved: states, out: saved.gated.of(n)? })
+    let scan = SelectiveScan { inputs, state_out: ssm_state, saved: states, out: saved.gated.of(n)? };
+    device.conv_scan(&ConvScan { conv, scan, keeps: states.is_some() })
 }
 
 /// Adds the output projection of what `saved` holds to `out`.

@@ -1,10 +1,11 @@
 //! The gated MLP: `down(silu(gate x) ⊙ (up x))`.
 
-use super::call::{Call, matrix_gradient, project_side_by_side};
+use super::block::Room;
+use super::call::{Call, joined_projection, matrix_gradient, project_side_by_side};
 use super::config::ModelConfig;
 use super::scratch::Rows;
 use super::weights::{Gradients, MlpIds};
-use crate::backend::ops::{Linear, LinearBackwardInput, Swiglu, SwigluBackward};
+use crate::backend::ops::{Linear, LinearBackwardInput, LinearSwiglu, Swiglu, SwigluBackward};
 use crate::backend::{DType, Device, Out, Result, View};
 use crate::model::parameters::Space;
 
@@ -15,6 +16,8 @@ pub struct MlpSaved {
     gate_up: Rows,
     /// `[tokens, intermediate]`: silu(gate) ⊙ up.
     activated: Rows,
+    /// Whether gate and up are what they are said to be after a forward.
+    keeps: bool,
 }
 
 /// Memory of backward.
@@ -26,10 +29,10 @@ pub struct MlpScratch {
 }
 
 impl MlpSaved {
-    pub(super) fn new(device: &Device, config: &ModelConfig, dtype: DType, tokens: usize) -> Result<Self> {
-        let rows = |width| Rows::new(device, dtype, tokens, width);
+    pub(super) fn new(device: &Device, config: &ModelConfig, room: Room) -> Result<Self> {
+        let rows = |width| Rows::new(device, room.dtype, room.tokens, width);
         let width = config.intermediate_size;
-        Ok(MlpSaved { gate_up: rows(2 * width)?, activated: rows(width)? })
+        Ok(MlpSaved { gate_up: rows(2 * width)?, activated: rows(width)?, keeps: room.training })
     }
 
     /// Gate, and up.
@@ -50,9 +53,15 @@ impl MlpScratch {
 /// Everything up to the activation: what a recomputation needs.
 pub(super) fn activate(call: &Call, weights: &Space, ids: &MlpIds, x: View, saved: &MlpSaved) -> Result<()> {
     let n = call.tokens;
-    project_side_by_side(call, weights, x, [(ids.gate, None), (ids.up, None)], saved.gate_up.of(n)?)?;
-    let [gate, up] = saved.gate_up(n)?;
-    call.device.swiglu(&Swiglu { gate, up, out: saved.activated.of(n)? })
+    let (parts, both, [gate, up]) = ([(ids.gate, None), (ids.up, None)], saved.gate_up.of(n)?, saved.gate_up(n)?);
+    let swiglu = Swiglu { gate, up, out: saved.activated.of(n)? };
+    match joined_projection(weights, x, parts, both)? {
+        Some(linear) => call.device.linear_swiglu(&LinearSwiglu { linear, swiglu, keeps: saved.keeps }),
+        None => {
+            project_side_by_side(call, weights, x, parts, both)?;
+            call.device.swiglu(&swiglu)
+        }
+    }
 }
 
 /// Adds the MLP's output for the activation in `saved` to `out`.

@@ -104,6 +104,31 @@ pub fn swiglu(t: &mut Trial) -> Verdict {
     t.run(|on| on.device.swiglu(&ops::Swiglu { gate: on.view(gate), up: on.view(up), out: on.view(out) }))
 }
 
+pub fn linear_swiglu(t: &mut Trial, most_tokens: usize) -> Verdict {
+    let (tokens, inputs, width) = (t.size(most_tokens), t.size(MOST), t.size(MOST));
+    let x = t.input("x", tokens, inputs)?;
+    // Gate and up in any order, with columns between and behind them.
+    let (gap, behind, swapped) = (t.one_of(&[0, 0, 3]), t.one_of(&[0, 0, 1]), t.coin());
+    let outputs = 2 * width + gap + behind;
+    let weight = t.weight("weight", outputs, inputs)?;
+    let bias = if t.one_of(&[true, false, false]) { Some(t.parameter("bias", 1, outputs)?) } else { None };
+    let keeps = t.coin();
+    let both = if keeps { t.output("both", tokens, outputs, inputs)? } else { t.passed("both", tokens, outputs)? };
+    let out = t.output("out", tokens, width, 4 * inputs)?;
+    t.run(|on| {
+        let both = on.view(both);
+        let columns = [both.col_range(0, width)?, both.col_range(width + gap, width)?];
+        let [gate, up] = if swapped { [columns[1], columns[0]] } else { columns };
+        let (weight, bias) = (on.view(weight), on.maybe(bias));
+        let linear = ops::Linear { x: on.view(x), weight, bias, out: Out::assign(both) };
+        on.device.linear_swiglu(&ops::LinearSwiglu {
+            linear,
+            swiglu: ops::Swiglu { gate, up, out: on.view(out) },
+            keeps,
+        })
+    })
+}
+
 pub fn swiglu_backward(t: &mut Trial) -> Verdict {
     let (tokens, width) = (t.size(MOST), t.size(MOST));
     let (gate, up) = (t.input("gate", tokens, width)?, t.input("up", tokens, width)?);

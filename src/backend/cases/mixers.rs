@@ -138,6 +138,29 @@ pub fn page_write(t: &mut Trial) -> Verdict {
     })
 }
 
+pub fn rope_page_write(t: &mut Trial) -> Verdict {
+    let (segments, slots) = t.sequences(true)?;
+    let (page_size, heads, kv_heads, head_dim) = (t.one_of(&[1, 3, 16, 32]), t.size(5), t.size(3), 2 * t.size(64));
+    let (width, table, used) = pages(t, &segments, slots, page_size);
+    let pages = t.ids("pages", slots, width, &table)?;
+    let frequency = |_: &mut Trial, _, j: usize| 1e4f64.powf(-2.0 * j as f64 / head_dim as f64);
+    let inv_freq = t.in_f32(|t| t.input_of("inv_freq", 1, head_dim / 2, frequency))?;
+    let segments_of = t.segments(&segments)?;
+    let (rotated, cols) = ((heads + kv_heads) * head_dim, kv_heads * head_dim);
+    let x = t.changed("x", segments.tokens(), rotated + cols, 1)?;
+    let other = if t.coin() { Some(t.input("values", segments.tokens(), cols)?) } else { None };
+    let out = [t.changed("all_keys", used.len(), cols, 1)?, t.changed("all_values", used.len(), cols, 0)?];
+    t.run(|on| {
+        let (x, segments, inv_freq) = (on.view(x), on.segments(segments_of), on.view(inv_freq));
+        let (positions, pages, out) = (segments.positions, on.view(pages), out.map(|out| on.view(out)));
+        let values = on.maybe(other).map_or_else(|| x.col_range(rotated, cols), Ok)?;
+        let rows = [x.col_range(heads * head_dim, cols)?, values];
+        let rope = ops::Rope { x: x.col_range(0, rotated)?, head_dim, positions, inv_freq, inverse: false };
+        let write = ops::PageWrite { rows, segments, pages, page_size, out };
+        on.device.rope_page_write(&ops::RopePageWrite { rope, write })
+    })
+}
+
 /// The values of a state before the segments; NaN in slots that are not to be read.
 fn before(segments: &Segments, slots: usize) -> impl Fn(&mut Trial, usize, usize) -> f64 {
     let mut read = vec![false; slots];
@@ -203,40 +226,56 @@ struct Conv {
 impl Conv {
     fn draw(t: &mut Trial, repeat: usize, repeat_first: bool) -> Result<Self> {
         let (segments, slots) = t.sequences(true)?;
-        let (head, width) = (t.size(40), t.one_of(&[1, 2, 3, 4, 4, 5]));
+        let head = t.size(40);
         let channels_in = head * t.one_of(&[1, 2, 3]);
-        let shape = ops::ConvShape { channels_in, head, repeat, width, repeat_first };
-        let x_col = t.one_of(&[0, 1, 7, 32]);
-        let cols = x_col + channels_in + t.one_of(&[0, 1, 5]);
         let segments_of = t.segments(&segments)?;
+        Self::of(t, (segments, slots, segments_of), (channels_in, head, repeat, repeat_first))
+    }
+
+    /// Of so many channels, a head and all, over given segments.
+    fn of(
+        t: &mut Trial,
+        (segments, slots, segments_of): (Segments, usize, (Arg, Arg)),
+        (channels_in, head, repeat, repeat_first): (usize, usize, usize, bool),
+    ) -> Result<Self> {
+        let shape = ops::ConvShape { channels_in, head, repeat, width: t.one_of(&[1, 2, 3, 4, 4, 5]), repeat_first };
+        let (x_cols, behind) = if t.in_tiles() { ([0, 16, 32, 64], [0, 8, 16]) } else { ([0, 1, 7, 32], [0, 1, 5]) };
+        let x_col = t.one_of(&x_cols);
+        let cols = x_col + channels_in + t.one_of(&behind);
         // What is not x must not be read.
         let inside = x_col..x_col + channels_in;
         let value = |t: &mut Trial, _, col: usize| if inside.contains(&col) { t.normal() } else { f64::NAN };
         let projected = t.input_of("projected", segments.tokens(), cols, value)?;
-        let weight = t.parameter("weight", shape.filters(), width)?;
+        let weight = t.parameter("weight", shape.filters(), shape.width)?;
         let bias = if t.coin() { Some(t.parameter("bias", 1, shape.filters())?) } else { None };
         Ok(Conv { segments, slots, segments_of, shape, projected, cols, x_col, weight, bias })
+    }
+
+    /// The state before and the state after.
+    fn states(&self, t: &mut Trial) -> Result<(Option<Arg>, Option<Arg>)> {
+        t.in_f32(|t| state(t, &self.segments, self.slots, self.shape.state(), 0))
+    }
+
+    fn op(&self, on: &On, (state_in, state_out): (Option<Arg>, Option<Arg>), out: Arg) -> ops::Conv1d {
+        ops::Conv1d {
+            shape: self.shape,
+            projected: on.view(self.projected),
+            x_col: self.x_col,
+            weight: on.view(self.weight),
+            bias: on.maybe(self.bias),
+            segments: on.segments(self.segments_of),
+            state_in: on.maybe(state_in),
+            state_out: on.maybe(state_out),
+            out: on.view(out),
+        }
     }
 }
 
 pub fn conv1d(t: &mut Trial, repeat: usize, repeat_first: bool) -> Verdict {
     let conv = Conv::draw(t, repeat, repeat_first)?;
-    let values = conv.shape.state();
-    let (state_in, state_out) = t.in_f32(|t| state(t, &conv.segments, conv.slots, values, 0))?;
+    let states = conv.states(t)?;
     let out = t.output("out", conv.segments.tokens(), conv.shape.channels_out(), conv.shape.width)?;
-    t.run(|on| {
-        on.device.conv1d(&ops::Conv1d {
-            shape: conv.shape,
-            projected: on.view(conv.projected),
-            x_col: conv.x_col,
-            weight: on.view(conv.weight),
-            bias: on.maybe(conv.bias),
-            segments: on.segments(conv.segments_of),
-            state_in: on.maybe(state_in),
-            state_out: on.maybe(state_out),
-            out: on.view(out),
-        })
-    })
+    t.run(|on| on.device.conv1d(&conv.op(on, states, out)))
 }
 
 pub fn conv1d_backward(t: &mut Trial, repeat: usize, repeat_first: bool) -> Verdict {
@@ -309,7 +348,17 @@ struct Scan {
 }
 
 impl Scan {
+    /// With u that is given.
     fn draw(t: &mut Trial, d_state: usize, long: bool) -> Result<Self> {
+        Self::of(t, d_state, long, |t, tokens, channels| t.input("u", tokens, channels))
+    }
+
+    fn of(
+        t: &mut Trial,
+        d_state: usize,
+        long: bool,
+        u: impl FnOnce(&mut Trial, usize, usize) -> Result<Arg>,
+    ) -> Result<Self> {
         let (segments, slots) = if long { t.long_sequence()? } else { t.sequences(true)? };
         let tokens = segments.tokens();
         let d_state = if d_state > 0 { d_state } else { t.size(33) };
@@ -335,7 +384,7 @@ impl Scan {
         let segments_of = if long { t.segments_beside(&segments, 0) } else { t.segments(&segments) }?;
         let projected =
             t.input_of("projected", tokens, cols, |t, _, col| if inside(col) { t.normal() } else { f64::NAN })?;
-        let u = t.input("u", tokens, channels)?;
+        let u = u(t, tokens, channels)?;
         // Step sizes from 0.01 to 0.5, and now and then one above 20, where softplus is the argument itself.
         let step = |t: &mut Trial, _, _| match softplus {
             true if t.below(50) == 0 => t.number(19.0, 22.0),
@@ -407,6 +456,30 @@ pub fn selective_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
             saved: on.maybe(saved),
             out: on.view(out),
         })
+    })
+}
+
+pub fn conv_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
+    let keeps = t.coin();
+    let scan = Scan::of(t, d_state, long, |t, tokens, channels| {
+        if keeps { t.output("u", tokens, channels, 5) } else { t.passed("u", tokens, channels) }
+    })?;
+    let dividing = |n: usize, of: &[usize]| of.iter().copied().filter(|of| n.is_multiple_of(*of)).collect::<Vec<_>>();
+    let head = t.one_of(&dividing(scan.channels, &[1, 2, 3, 4, 8, 16, 16, 16]));
+    let repeat = t.one_of(&dividing(scan.channels / head, &[1, 2, 3, 4]));
+    let (segments, sizes) = (scan.segments.clone(), (scan.channels / repeat, head, repeat, t.coin()));
+    let conv = Conv::of(t, (segments, scan.slots, scan.segments_of), sizes)?;
+    let (tokens, values) = (scan.segments.tokens(), scan.channels * scan.d_state);
+    let states_of_conv = conv.states(t)?;
+    let terms = t.terms_of_rounded(tokens + scan.d_state);
+    let (state_in, state_out) = t.in_f32(|t| state(t, &scan.segments, scan.slots, values, terms))?;
+    let saved = if t.coin() { Some(scan.saved(t, false)?) } else { None };
+    let out = t.output("out", tokens, scan.channels, terms)?;
+    t.run(|on| {
+        let (inputs, state_out, saved) = (scan.inputs(on, state_in), on.maybe(state_out), on.maybe(saved));
+        let conv = conv.op(on, states_of_conv, scan.u);
+        let scan = ops::SelectiveScan { inputs, state_out, saved, out: on.view(out) };
+        on.device.conv_scan(&ops::ConvScan { conv, scan, keeps })
     })
 }
 

@@ -299,6 +299,20 @@ impl Trial {
         self.place(Plan { rows, ..Self::plan(name, DType::F32, 0, cols, role) }, |_, _| f64::NAN)
     }
 
+    /// Rows that go from one op to the next, and may hold anything afterwards.
+    pub fn passed(&mut self, name: &'static str, rows: usize, cols: usize) -> Result<Arg> {
+        self.place(Self::plan(name, self.activations, rows, cols, Role::Own), |_, _| f64::NAN)
+    }
+
+    /// Of an f32 sum of values that were rounded to the storage of activations: as many terms as have its tolerance.
+    pub fn terms_of_rounded(&self, terms: usize) -> usize {
+        match self.activations {
+            DType::Bf16 => 1 << 32,
+            DType::F16 => 1 << 26,
+            _ => terms,
+        }
+    }
+
     /// A row of u32 to write.
     pub fn output_ids(&mut self, name: &'static str, count: usize) -> Result<Arg> {
         self.output_as(name, DType::U32, 1, count, 0)

@@ -1,9 +1,9 @@
 //! Embedding, norm, gated activation, rotary positions, pages: launches of their kernels.
 
-use super::call::{Call, blocks, each, each_eight};
+use super::call::{Call, Place, SegmentsPlace, blocks, each, each_eight};
 use super::driver::{Arguments, Shape};
 use super::memory::{chunk_of_rows, column_totals, gather_rows};
-use super::source;
+use super::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
 /// Values of a row that a thread of `rms_norm.cu` keeps: 8·HELD there.
@@ -81,30 +81,71 @@ pub(super) fn swiglu_backward(c: &mut Call, op: &ops::SwigluBackward) -> Result<
     c.launch((&source::SWIGLU, "swiglu_backward"), &[("T_X", gate.of())], each_eight(gate.rows, gate.cols), &arguments)
 }
 
-pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
-    let (x, positions) = (c.floats("x", op.x)?, c.ids("positions", op.positions)?);
-    let inv_freq = c.f32("inv_freq", op.inv_freq)?;
+/// The rotation's arguments, and the shape of its blocks, which have a row each and take `eights` more values of it.
+fn rotation(c: &Call, op: &ops::Rope, x: &Place, eights: usize) -> Result<(Arguments, Shape)> {
+    let (positions, inv_freq) = (c.ids("positions", op.positions)?, c.f32("inv_freq", op.inv_freq)?);
     let (heads, half) = (x.cols / op.head_dim, op.head_dim / 2);
     let sign = if op.inverse { -1.0 } else { 1.0 };
-    let arguments = Arguments::new().place(&x).pointer(positions.start).pointer(inv_freq.start).float(sign);
+    let arguments = Arguments::new().place(x).pointer(positions.start).pointer(inv_freq.start).float(sign);
     let arguments = arguments.size(x.rows).int(c.int("heads", heads)?).int(c.int("head_dim", half)?);
-    let threads = (heads * half.div_ceil(8)).next_multiple_of(32).clamp(32, 256) as u32;
-    let shape = Shape { shared_bytes: c.int("head_dim", 8 * half)?, ..blocks(x.rows, threads) };
+    let threads = (heads * half.div_ceil(8) + eights).next_multiple_of(32).clamp(32, 256) as u32;
+    Ok((arguments, Shape { shared_bytes: c.int("head_dim", 8 * half)?, ..blocks(x.rows, threads) }))
+}
+
+pub(super) fn rope(c: &mut Call, op: &ops::Rope) -> Result<()> {
+    let x = c.floats("x", op.x)?;
+    let (arguments, shape) = rotation(c, op, &x, 0)?;
     c.launch((&source::ROPE, "rope"), &[("T_X", x.of())], shape, &arguments)
 }
 
+/// Where keys and values come from and go to.
+struct Paged {
+    rows: [Place; 2],
+    out: [Place; 2],
+    segments: SegmentsPlace,
+    pages: Place,
+    page_size: u32,
+}
+
+impl Paged {
+    fn new(c: &Call, op: &ops::PageWrite) -> Result<Self> {
+        let (keys, all_keys) = (c.floats("keys", op.rows[0])?, c.floats("all_keys", op.out[0])?);
+        let (values, all_values) = (c.like("values", op.rows[1], &keys)?, c.like("all_values", op.out[1], &all_keys)?);
+        let segments = c.segments(&op.segments)?;
+        c.int("segments", segments.capacity)?;
+        let (pages, page_size) = (c.table("pages", op.pages)?, c.int("page", op.page_size)?);
+        Ok(Paged { rows: [keys, values], out: [all_keys, all_values], segments, pages, page_size })
+    }
+
+    /// The parameters PAGE_TABLES of the kernels, and where values go.
+    fn arguments(&self, arguments: Arguments) -> Arguments {
+        let (segments, pages, [keys, values]) = (&self.segments, &self.pages, &self.out);
+        let arguments = arguments.pointer(segments.table).int(segments.capacity as u32).pointer(pages.start);
+        let arguments = arguments.size(pages.rows).size(pages.cols).int(self.page_size);
+        arguments.size(keys.rows).place(keys).place(values)
+    }
+
+    fn defines(&self) -> [(&'static str, Value); 2] {
+        [("T_X", self.rows[0].of()), ("T_OUT", self.out[0].of())]
+    }
+}
+
 pub(super) fn page_write(c: &mut Call, op: &ops::PageWrite) -> Result<()> {
-    let (rows, out) = (c.floats("keys", op.rows[0])?, c.floats("all_keys", op.out[0])?);
-    let (values, all_values) = (c.like("values", op.rows[1], &rows)?, c.like("all_values", op.out[1], &out)?);
-    let (segments, pages) = (c.segments(&op.segments)?, c.table("pages", op.pages)?);
-    let arguments = Arguments::new().place(&rows).place(&values).pointer(segments.table);
-    let arguments = arguments.int(c.int("segments", segments.capacity)?).pointer(pages.start);
-    let arguments = arguments.size(pages.rows).size(pages.cols).int(c.int("page", op.page_size)?);
-    let arguments = arguments.place(&out).place(&all_values).size(out.rows).size(rows.rows).size(rows.cols);
-    let defines = [("T_X", rows.of()), ("T_OUT", out.of())];
-    let mut shape = blocks(rows.rows.div_ceil(PAGE_ROWS), 32 * PAGE_ROWS as u32);
+    let paged = Paged::new(c, op)?;
+    let [keys, values] = &paged.rows;
+    let arguments = paged.arguments(Arguments::new().place(keys).place(values)).size(keys.rows).size(keys.cols);
+    let mut shape = blocks(keys.rows.div_ceil(PAGE_ROWS), 32 * PAGE_ROWS as u32);
     shape.grid[1] = 2;
-    c.launch((&source::PAGE_WRITE, "page_write"), &defines, shape, &arguments)
+    c.launch((&source::PAGE_WRITE, "page_write"), &paged.defines(), shape, &arguments)
+}
+
+pub(super) fn rope_page_write(c: &mut Call, op: &ops::RopePageWrite) -> Result<()> {
+    let (x, paged) = (c.floats("x", op.rope.x)?, Paged::new(c, &op.write)?);
+    let [keys, values] = &paged.rows;
+    let (arguments, shape) = rotation(c, &op.rope, &x, keys.cols.div_ceil(8))?;
+    let first_key = c.int("heads", (x.cols - keys.cols) / op.rope.head_dim)?;
+    let arguments = paged.arguments(arguments.int(first_key).place(values));
+    c.launch((&source::ROPE_PAGE_WRITE, "rope_page_write"), &paged.defines(), shape, &arguments)
 }
 
 pub(super) fn neg_exp(c: &mut Call, op: &ops::NegExp) -> Result<()> {

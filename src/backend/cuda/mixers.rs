@@ -6,7 +6,7 @@ mod scan;
 
 pub(super) use attention::{AGREES, attention, attention_backward};
 pub(super) use conv::{conv1d, conv1d_backward};
-pub(super) use scan::{SCAN_CHUNK, selective_scan, selective_scan_backward};
+pub(super) use scan::{SCAN_CHUNK, conv_scan, selective_scan, selective_scan_backward};
 
 use super::driver::Limits;
 use super::source::{self, ModuleKey, Value};
@@ -49,7 +49,12 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
             all.push(alike(&source::SELECTIVE_SCAN_BACKWARD, &names, of, &backward));
         }
         for d_state in [16, 32, 64, 128, 256].map(|states| ("D_STATE", Value::Number(states))) {
-            all.push(alike(&source::SELECTIVE_SCAN_STEP, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &[d_state]));
+            let names = ["T_U", "T_DELTA", "T_P", "T_OUT"];
+            all.push(alike(&source::SELECTIVE_SCAN_STEP, &names, of, &[d_state]));
+            for weight in types {
+                let more = [d_state, ("TAPS", Value::Number(4)), ("T_X", of), ("T_W", weight)];
+                all.push(alike(&source::SELECTIVE_SCAN_STEP, &names, of, &more));
+            }
             for (back, vector) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
                 let more = [d_state, ("BACK", Value::Number(back)), ("VECTOR", Value::Number(vector))];
                 all.push(alike(&source::SCAN_PARTS, &["T_X", "T_DELTA", "T_P"], of, &more));

@@ -1,7 +1,8 @@
 //! Products: one row through a kernel of our own, the others through the driver's library.
 
 use super::call::{Call, Place, blocks, type_number};
-use super::driver::{Arguments, Matrix, Product};
+use super::dense::swiglu;
+use super::driver::{Arguments, Matrix, Product, Shape};
 use super::memory::{cast, column_sums};
 use super::source::{self, Value};
 use super::variants::VECTORS;
@@ -83,21 +84,29 @@ fn product(
     cast(c, &wide, &out, add)
 }
 
-/// One row times a weight.
-fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add): (Place, bool)) -> Result<()> {
+/// The macros of `gemv.cu`.
+fn gemv_defines(x: &Place, weight: &Place, out: &Place) -> [(&'static str, Value); 4] {
     let vector = VECTORS.into_iter().find(|&vector| {
         let vector = vector as usize;
         let aligned = |place: &Place| place.start.is_multiple_of((vector * place.dtype.size()) as u64);
         let fits = vector * x.dtype.size().max(weight.dtype.size()) <= 16;
         fits && x.cols.is_multiple_of(vector) && aligned(x) && aligned(weight)
     });
-    let defines =
-        [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("VECTOR", Value::Number(vector.unwrap_or(1)))];
+    [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of()), ("VECTOR", Value::Number(vector.unwrap_or(1)))]
+}
+
+/// Its blocks for so many outputs.
+fn gemv_blocks(outputs: usize) -> Shape {
+    blocks(outputs.div_ceil(GEMV_WARPS), 32 * GEMV_WARPS as u32)
+}
+
+/// One row times a weight.
+fn gemv(c: &mut Call, x: &Place, weight: &Place, bias: Option<Place>, (out, add): (Place, bool)) -> Result<()> {
     let arguments = Arguments::new().pointer(x.start).pointer(weight.start).maybe(bias);
     let arguments = arguments.int(type_number(bias.map_or(DType::F32, |bias| bias.dtype))).pointer(out.start);
     let arguments = arguments.int(add.into()).size(weight.rows).size(weight.cols);
-    let shape = blocks(weight.rows.div_ceil(GEMV_WARPS), 32 * GEMV_WARPS as u32);
-    c.launch((&source::GEMV, "gemv"), &defines, shape, &arguments)
+    let defines = gemv_defines(x, weight, &out);
+    c.launch((&source::GEMV, "gemv"), &defines, gemv_blocks(weight.rows), &arguments)
 }
 
 pub(super) fn linear(c: &mut Call, op: &ops::Linear) -> Result<()> {
@@ -107,6 +116,24 @@ pub(super) fn linear(c: &mut Call, op: &ops::Linear) -> Result<()> {
         return gemv(c, &x, &weight, bias, out);
     }
     product(c, [(x, false), (weight, true)], bias, out)
+}
+
+pub(super) fn linear_swiglu(c: &mut Call, op: &ops::LinearSwiglu) -> Result<()> {
+    let ops::LinearSwiglu { linear: product, swiglu: gated, keeps } = op;
+    let (both, out) = (product.out.view, gated.out);
+    let columns = [gated.gate, gated.up].map(|view| view.col_in(both));
+    if let ([Some(gate), Some(up)], None, false) = (columns, product.bias, *keeps)
+        && product.x.rows == 1
+    {
+        let (x, weight) = (c.floats("x", product.x)?, c.floats("weight", product.weight)?);
+        let out = c.like("out", out, &c.floats("gate and up", both)?)?;
+        let arguments = Arguments::new().pointer(x.start).pointer(weight.start).pointer(out.start).size(out.cols);
+        let arguments = arguments.size(weight.cols).size(gate).size(up);
+        let defines = gemv_defines(&x, &weight, &out);
+        return c.launch((&source::GEMV, "gemv_swiglu"), &defines, gemv_blocks(out.cols), &arguments);
+    }
+    linear(c, product)?;
+    swiglu(c, gated)
 }
 
 pub(super) fn linear_backward_input(c: &mut Call, op: &ops::LinearBackwardInput) -> Result<()> {

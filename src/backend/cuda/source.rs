@@ -43,6 +43,8 @@ sources! {
     H1: "h1.cuh";
     PTX: "ptx.cuh";
     ROWS_OF: "rows_of.cuh";
+    TURNS: "rope.cuh";
+    PAGES: "pages.cuh";
     CONV: "conv1d.cuh";
     SCAN: "scan.cuh";
     SCAN16: "scan16.cuh";
@@ -57,6 +59,7 @@ sources! {
     SWIGLU: "swiglu.cu";
     ROPE: "rope.cu";
     PAGE_WRITE: "page_write.cu";
+    ROPE_PAGE_WRITE: "rope_page_write.cu";
     NEG_EXP: "neg_exp.cu";
     HEAD_LOSS: "head_loss.cu";
     CHOOSE: "choose.cu";
@@ -82,7 +85,8 @@ sources! {
 }
 
 /// What every kernel may include.
-pub static HEADERS: [&Source; 10] = [&H1, &PTX, &ROWS_OF, &CONV, &SCAN, &SCAN16, &KEYS, &PLAIN_TILES, &TILES, &BOXES];
+pub static HEADERS: [&Source; 12] =
+    [&H1, &PTX, &ROWS_OF, &TURNS, &PAGES, &CONV, &SCAN, &SCAN16, &KEYS, &PLAIN_TILES, &TILES, &BOXES];
 
 /// A macro's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -30,13 +30,14 @@ fn gemv() -> impl Iterator<Item = ModuleKey> {
 /// All of them, on a card of an architecture.
 pub fn all(capability: (u32, u32)) -> Vec<ModuleKey> {
     let mut all: Vec<ModuleKey> = gemv().collect();
-    let files: [(&Source, &[&[&str]]); 12] = [
+    let files: [(&Source, &[&[&str]]); 13] = [
         (&source::EMBED, &[&["T_X"]]),
         (&source::RMS_NORM, &[&["T_X", "T_W", "T_OUT"]]),
         (&source::COLUMNS, &[&[], &["T_X"]]),
         (&source::SWIGLU, &[&["T_X"]]),
         (&source::ROPE, &[&["T_X"]]),
         (&source::PAGE_WRITE, &[&["T_X", "T_OUT"]]),
+        (&source::ROPE_PAGE_WRITE, &[&["T_X", "T_OUT"]]),
         (&source::NEG_EXP, &[&[], &["T_X"]]),
         (&source::HEAD_LOSS, &[&["T_OUT"]]),
         (&source::CHOOSE, &[&["T_X"]]),

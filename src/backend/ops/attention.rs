@@ -86,6 +86,41 @@ pub enum Keys {
     },
 }
 
+/// [`Rope`] of queries and keys that lie side by side, then [`PageWrite`] of the keys and of values.
+#[derive(Clone, Copy, Debug)]
+pub struct RopePageWrite {
+    /// Rotates; its last columns are the keys.
+    pub rope: Rope,
+    /// Its keys are those.
+    pub write: PageWrite,
+}
+
+impl Checked for RopePageWrite {
+    fn check(&self, device: DeviceId) -> Result<()> {
+        let (rope, write) = (self.rope, self.write);
+        rope.check(device)?;
+        write.check(device)?;
+        let ([keys, values], [all_keys, all_values]) = (write.rows, write.out);
+        let mut check = Check::new("rope_page_write", device);
+        let last = keys.col_in(rope.x).is_some_and(|first| first + keys.cols == rope.x.cols);
+        let heads = keys.cols.is_multiple_of(rope.head_dim);
+        check.require(last && heads, || "the keys are not the last heads that are rotated".into())?;
+        check.input("inv_freq", rope.inv_freq, 1, rope.head_dim / 2)?;
+        check.ids("pages", write.pages, write.pages.rows, write.pages.cols)?;
+        check.segments(&write.segments, keys.rows)?;
+        check.output("x", rope.x, rope.x.rows, rope.x.cols)?;
+        check.output("all_keys", all_keys, all_keys.rows, keys.cols)?;
+        check.output("all_values", all_values, all_keys.rows, keys.cols)?;
+        let behind = values.offset.checked_sub(rope.x.offset).is_some_and(|first| {
+            let inside = first.checked_add(values.cols).is_some_and(|end| end <= rope.x.stride);
+            first >= rope.x.cols && inside && values.stride == rope.x.stride
+        });
+        let apart = values.buffer != rope.x.buffer || behind;
+        check.require(apart, || "the values are neither behind what is rotated nor in another buffer".into())?;
+        check.finish()
+    }
+}
+
 /// Causal attention: the query of a row at position p, `past ≤ p < past + len`, over the segment's keys 0..=p.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {

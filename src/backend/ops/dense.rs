@@ -194,6 +194,34 @@ impl Checked for Swiglu {
     }
 }
 
+/// [`Linear`], then [`Swiglu`] of columns of what it writes.
+#[derive(Clone, Copy, Debug)]
+pub struct LinearSwiglu {
+    /// Writes gate and up; replaces.
+    pub linear: Linear,
+    /// Reads gate and up there.
+    pub swiglu: Swiglu,
+    /// Whether gate and up are kept for backward; else what `linear` writes may hold anything afterwards.
+    pub keeps: bool,
+}
+
+impl Checked for LinearSwiglu {
+    fn check(&self, device: DeviceId) -> Result<()> {
+        let (Linear { x, weight, bias, out }, swiglu) = (self.linear, self.swiglu);
+        self.linear.check(device)?;
+        swiglu.check(device)?;
+        let mut check = Check::new("linear_swiglu", device);
+        let columns = swiglu.gate.col_in(out.view).is_some() && swiglu.up.col_in(out.view).is_some();
+        check.require(columns && !out.add, || "gate and up are no columns of a product that replaces".into())?;
+        check.input("x", x, x.rows, x.cols)?;
+        check.weight("weight", weight, weight.rows, weight.cols)?;
+        check.maybe("bias", bias, 1, weight.rows)?;
+        check.out("gate and up", out, x.rows, weight.rows)?;
+        check.output("out", swiglu.out, x.rows, swiglu.out.cols)?;
+        check.finish()
+    }
+}
+
 /// The gradients of [`Swiglu`].
 #[derive(Clone, Copy, Debug)]
 pub struct SwigluBackward {

@@ -11,13 +11,13 @@ mod memory;
 mod optimiser;
 mod scan;
 
-pub use attention::{Attention, AttentionBackward, AttentionShape, Keys, PageWrite, Rope};
+pub use attention::{Attention, AttentionBackward, AttentionShape, Keys, PageWrite, Rope, RopePageWrite};
 pub use conv::{Conv1d, Conv1dBackward, ConvShape};
 pub use dense::{
-    Embed, EmbedBackward, Linear, LinearBackwardInput, LinearBackwardWeight, RmsNorm, RmsNormBackward, Swiglu,
-    SwigluBackward,
+    Embed, EmbedBackward, Linear, LinearBackwardInput, LinearBackwardWeight, LinearSwiglu, RmsNorm, RmsNormBackward,
+    Swiglu, SwigluBackward,
 };
 pub use loss::{Argmax, HeadLoss, HeadLossGradient, LossWeights, STATISTICS, Sample, Scaling, Temperature};
 pub use memory::{Copy, Fill, Gather, Scale, ScatterAdd, WeightedSum};
 pub use optimiser::{AdamW, CONTROL, ClipFactor, Control, SquaredNorm};
-pub use scan::{NegExp, NegExpBackward, ScanInputs, SelectiveScan, SelectiveScanBackward};
+pub use scan::{ConvScan, NegExp, NegExpBackward, ScanInputs, SelectiveScan, SelectiveScanBackward};

@@ -1,5 +1,6 @@
 //! The selective scan of Mamba-1 with the M1 mixer's groups (contract of the `m2` block, step 6 and 7).
 
+use super::Conv1d;
 use crate::backend::check::{Check, Checked};
 use crate::backend::{DeviceId, Result, SegmentsView, View};
 
@@ -110,6 +111,37 @@ impl Checked for SelectiveScan {
         let saved = self.saved.map_or(0, |saved| saved.rows);
         check.maybe_output("saved", self.saved, saved, inputs.state())?;
         check.output("out", self.out, inputs.u.rows, inputs.channels())?;
+        check.finish()
+    }
+}
+
+/// [`Conv1d`], then [`SelectiveScan`] of what it writes.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvScan {
+    /// Writes u.
+    pub conv: Conv1d,
+    /// Reads it, over the same segments.
+    pub scan: SelectiveScan,
+    /// Whether u is kept for backward; else where it goes may hold anything afterwards.
+    pub keeps: bool,
+}
+
+impl Checked for ConvScan {
+    fn check(&self, device: DeviceId) -> Result<()> {
+        let (conv, scan, inputs) = (self.conv, self.scan, self.scan.inputs);
+        conv.check(device)?;
+        scan.check(device)?;
+        let mut check = Check::new("conv_scan", device);
+        let u = conv.out == inputs.u && conv.segments == inputs.segments;
+        check.require(u, || "the scan's u is not what the convolution writes for the same segments".into())?;
+        let rows = [conv.projected, conv.weight, inputs.delta, inputs.a, inputs.projected].map(Some);
+        let read = rows.into_iter().chain([conv.bias, inputs.d, inputs.delta_bias]).flatten();
+        read.into_iter().try_for_each(|view| check.input("what it reads", view, view.rows, view.cols))?;
+        check.segments(&conv.segments, conv.out.rows)?;
+        check.state(conv.state_in, conv.state_out, conv.shape.state())?;
+        check.state(inputs.state_in, scan.state_out, inputs.state())?;
+        let written = [Some(scan.out), Some(conv.out), scan.saved].into_iter().flatten();
+        written.into_iter().try_for_each(|view| check.output("what it writes", view, view.rows, view.cols))?;
         check.finish()
     }
 }

@@ -1,6 +1,6 @@
 //! The convolution's launches: `kernels/conv1d.cu` and `kernels/conv1d_backward.cu`.
 
-use crate::backend::cuda::call::{Call, Place, each};
+use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
@@ -29,13 +29,60 @@ fn unit(shape: &ops::ConvShape, x: &Place, out: &Place) -> (usize, usize) {
     (repeats, pack)
 }
 
+/// What the convolution's forward reads and writes.
+pub(super) struct Forward {
+    shape: ops::ConvShape,
+    x: Place,
+    weight: Place,
+    bias: Option<Place>,
+    segments: SegmentsPlace,
+    state_in: Option<Place>,
+    state_out: Option<Place>,
+    pub(super) out: Place,
+}
+
+impl Forward {
+    pub(super) fn new(c: &Call, op: &ops::Conv1d) -> Result<Self> {
+        let shape = op.shape;
+        c.int("channels", shape.channels_out())?;
+        let weight = c.floats("weight", op.weight)?;
+        Ok(Forward {
+            shape,
+            x: c.floats("projected", op.projected)?.columns(op.x_col, shape.channels_in),
+            weight,
+            bias: op.bias.map(|bias| c.like("bias", bias, &weight)).transpose()?,
+            segments: c.segments(&op.segments)?,
+            state_in: c.maybe_f32("state_in", op.state_in)?,
+            state_out: c.maybe_f32("state_out", op.state_out)?,
+            out: c.floats("out", op.out)?,
+        })
+    }
+
+    /// Output channels that read inputs which no other output reads, at least.
+    pub(super) fn a_head(&self) -> usize {
+        self.shape.head * self.shape.repeat
+    }
+
+    /// The macros of `selective_scan_step.cu`.
+    pub(super) fn step_defines(&self) -> [(&'static str, Value); 3] {
+        [("TAPS", Value::Number(self.shape.width as u32)), ("T_X", self.x.of()), ("T_W", self.weight.of())]
+    }
+
+    /// Its parameters OF_CONV, with u written if it is kept.
+    pub(super) fn step_arguments(&self, arguments: Arguments, keeps: bool) -> Arguments {
+        let arguments = arguments.place(&self.x).place(&self.weight).maybe(self.bias).int(self.shape.head as u32);
+        let arguments = arguments.int(self.shape.repeat as u32).int(self.shape.repeat_first.into());
+        arguments.maybe_rows(self.state_in).maybe_rows(self.state_out).maybe_place(keeps.then_some(self.out))
+    }
+}
+
 pub(in crate::backend::cuda) fn conv1d(c: &mut Call, op: &ops::Conv1d) -> Result<()> {
-    let shape = &op.shape;
-    let x = c.floats("projected", op.projected)?.columns(op.x_col, shape.channels_in);
-    let weight = c.floats("weight", op.weight)?;
-    let bias = op.bias.map(|bias| c.like("bias", bias, &weight)).transpose()?;
-    let (state_in, state_out) = (c.maybe_f32("state_in", op.state_in)?, c.maybe_f32("state_out", op.state_out)?);
-    let (segments, out) = (c.segments(&op.segments)?, c.floats("out", op.out)?);
+    let forward = Forward::new(c, op)?;
+    launch(c, &forward)
+}
+
+pub(super) fn launch(c: &mut Call, forward: &Forward) -> Result<()> {
+    let &Forward { ref shape, x, weight, bias, segments, state_in, state_out, out } = forward;
     let channels_in = c.int("channels", shape.channels_in)?;
     let (capacity, taps) = (c.int("segments", segments.capacity)?, c.int("taps", shape.width)?);
     let slots = state_in.map_or(0, |state| state.rows);

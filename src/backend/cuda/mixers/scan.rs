@@ -7,6 +7,7 @@ mod parts;
 use parts::{Parts, Scanned, Sizes, enter};
 
 use super::RESERVED_BYTES;
+use super::conv::{self, Forward};
 use crate::backend::cuda::call::{Call, Place, SegmentsPlace, each};
 use crate::backend::cuda::driver::{Arguments, Limits, Shape};
 use crate::backend::cuda::source::{self, Value};
@@ -132,7 +133,7 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Threads of a block of `selective_scan_step`.
+/// Threads of a block of `selective_scan_step`, or a few more.
 const STEP_THREADS: usize = 128;
 
 /// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
@@ -267,29 +268,60 @@ pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     whole.saturating_add(parts::most_bytes(limits, largest.d_state))
 }
 
-/// Forward of segments of few tokens: a step of decoding has about one of each.
-fn step(c: &mut Call, inputs: &Inputs, state_out: Option<Place>, out: &Place) -> Result<()> {
-    let (channels, d_state) = (inputs.channels, inputs.tiles.d_state);
-    // LANES of the kernel.
-    let lanes = d_state.div_ceil(4).next_power_of_two().clamp(4, 32);
+/// LANES of `selective_scan_step.cu`.
+fn step_lanes(d_state: usize) -> usize {
+    d_state.div_ceil(4).next_power_of_two().clamp(4, 32)
+}
+
+/// Threads of a block of `selective_scan_step` that have all outputs of some heads of a convolution, if there are such blocks.
+fn step_threads(d_state: usize, a_head: usize) -> Option<usize> {
+    let of_a_head = a_head.checked_mul(step_lanes(d_state))?;
+    let threads = of_a_head.checked_mul(STEP_THREADS.div_ceil(of_a_head.max(1)))?;
+    (threads > 0 && threads <= 1024 && threads.is_multiple_of(32)).then_some(threads)
+}
+
+/// Whether segments are of few tokens: a step of decoding has about one of each.
+fn is_step(op: &ops::SelectiveScan) -> bool {
+    op.inputs.u.rows <= 2 * op.inputs.segments.table.rows && op.saved.is_none()
+}
+
+/// Forward of such segments, by blocks of so many threads; perhaps with the convolution before, and whether u is kept.
+fn step(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>, threads: usize) -> Result<()> {
+    let (inputs, state_out) = (Inputs::new(c, &op.inputs)?, c.maybe_f32("state_out", op.state_out)?);
+    let (channels, d_state, out) = (inputs.channels, inputs.tiles.d_state, c.floats("out", op.out)?);
     let [of_u, of_delta, of_p, of_states, ..] = inputs.defines(false);
-    let defines = [of_u, of_delta, of_p, of_states, ("T_OUT", out.of())];
-    let blocks = c.int("channels", (channels * lanes).div_ceil(STEP_THREADS))?;
+    let mut defines = vec![of_u, of_delta, of_p, of_states, ("T_OUT", out.of())];
+    let blocks = c.int("channels", (channels * step_lanes(d_state)).div_ceil(threads))?;
     let grid = [blocks, inputs.segments.capacity as u32, 1];
-    let shape = Shape { grid, block: [STEP_THREADS as u32, 1, 1], shared_bytes: 0 };
-    let arguments = inputs.arguments(inputs.state).maybe_rows(state_out).place(out).int(channels as u32);
+    let shape = Shape { grid, block: [threads as u32, 1, 1], shared_bytes: 0 };
+    let mut arguments = inputs.arguments(inputs.state).maybe_rows(state_out).place(&out).int(channels as u32);
+    if let Some((conv, keeps)) = conv {
+        defines.extend(conv.step_defines());
+        arguments = conv.step_arguments(arguments, keeps);
+    }
     c.launch((&source::SELECTIVE_SCAN_STEP, "selective_scan_step"), &defines, shape, &arguments)
 }
 
+pub(in crate::backend::cuda) fn conv_scan(c: &mut Call, op: &ops::ConvScan) -> Result<()> {
+    let conv = Forward::new(c, &op.conv)?;
+    if is_step(&op.scan)
+        && let Some(threads) = step_threads(op.scan.inputs.d_state(), conv.a_head())
+    {
+        return step(c, &op.scan, Some((&conv, op.keeps)), threads);
+    }
+    conv::launch(c, &conv)?;
+    selective_scan(c, &op.scan)
+}
+
 pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
+    if is_step(op) {
+        return step(c, op, None, STEP_THREADS);
+    }
     let inputs = Inputs::new(c, &op.inputs)?;
     let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
     let out = c.floats("out", op.out)?;
     let mut places = vec![inputs.u, inputs.delta, out];
     places.extend(inputs.places_in(&op.inputs, &inputs.projected));
-    if inputs.u.rows <= 2 * inputs.segments.capacity && saved.is_none() {
-        return step(c, &inputs, state_out, &out);
-    }
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
     let in_sixteens = inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes());
     let parts = inputs.cut(c, in_sixteens);
