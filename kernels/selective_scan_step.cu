@@ -2,10 +2,10 @@
 // what the convolution (conv1d.cu) makes of their x.
 //
 // Bound by the bytes of the states, each read and written once: LANES lanes have a channel, STATES states each. A block has one
-// segment, and all outputs of the convolution's inputs that it has, so that their state may lie where it lay before. States and
+// segment; with a convolution all outputs of one of its heads, so that the inputs' state may lie where it lay before. States and
 // weights are asked for before the launch before this one is done: an earlier one wrote them.
 //
-// Macros: T_U, T_DELTA, T_P, T_OUT, D_STATE; TAPS, T_X, T_W. Source: Gu and Dao, arXiv:2312.00752.
+// Macros: T_U, T_DELTA, T_P, T_OUT, D_STATE; of the convolution TAPS, HEAD, T_X, T_W. Source: Gu and Dao, arXiv:2312.00752.
 #define LANES (D_STATE <= 16 ? 4 : D_STATE <= 32 ? 8 : D_STATE <= 64 ? 16 : 32)
 #define TILE 1
 #define VECTOR 0
@@ -14,11 +14,9 @@
 
 #ifdef TAPS
 #include "conv1d.cuh"
-// What the convolution reads and writes; made is where u is kept, if it is.
-#define OF_CONV                                                                                                    \
-    , Rows<const T_X> x, Rows<const T_W> weight, const T_W *conv_bias, int head, int repeat, int repeat_first,     \
-        Rows<const float> inputs_in, long long inputs_slots, Rows<float> inputs_out, long long inputs_slots_out,   \
-        Rows<T_U> made
+// `made` is where u is kept, if it is.
+#define OF_CONV , CONV_INPUTS, Rows<float> inputs_out, long long inputs_slots_out, Rows<T_U> made
+#define TAPS_OF_LANE ((TAPS + LANES - 1) / LANES)
 #else
 #define OF_CONV
 #endif
@@ -52,22 +50,28 @@ extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_ou
     b.data += channel / per_b * D_STATE;
     c.data += channel / per_c * D_STATE;
 #ifdef TAPS
-    int from = channel / (head * repeat) * head + channel % head, filter = repeat_first ? channel : from;
-    float taps[TAPS], window[TAPS], base = conv_bias ? load(conv_bias + filter) : 0.0f;
+    // A lane has TAPS_OF_LANE neighbouring taps of its channel.
+    int repeat = threadIdx.x / LANES / HEAD, from = blockIdx.x * HEAD + threadIdx.x / LANES % HEAD;
+    int first_tap = threadIdx.x % LANES * TAPS_OF_LANE, filter = repeat_first ? channel : from;
+    float taps[TAPS_OF_LANE], window[TAPS_OF_LANE], base = conv_bias ? load(conv_bias + filter) : 0.0f;
 #pragma unroll
-    for (int k = 0; k < TAPS; ++k) {
-        taps[k] = load(weight.row(filter) + k);
-        window[k] = past_input(x, inputs_in, inputs_slots, segment, (long long)segment.start - TAPS + k, from);
+    for (int k = 0; k < TAPS_OF_LANE; ++k) {
+        bool there = first_tap + k < TAPS;
+        taps[k] = there ? load(weight.row(filter) + first_tap + k) : 0.0f;
+        long long t = (long long)segment.start - TAPS + first_tap + k;
+        window[k] = there ? past_input(x, inputs_in, inputs_slots, segment, t, from) : 0.0f;
     }
     auto u_of = [&](long long t) {
-        float sum = base;
+        float sum = first_tap == 0 ? base : 0.0f, of_next = __shfl_down_sync(WHOLE_WARP, window[0], 1);
 #pragma unroll
-        for (int k = 0; k < TAPS; ++k) {
-            window[k] = k + 1 < TAPS ? window[k + 1] : load(x.row(t) + from);
+        for (int k = 0; k < TAPS_OF_LANE; ++k) {
+            window[k] = k + 1 < TAPS_OF_LANE ? window[k + 1] : of_next;
+            if (first_tap + k == TAPS - 1) window[k] = load(x.row(t) + from);
             sum = fmaf(taps[k], window[k], sum);
         }
+        for (int offset = 1; offset < LANES; offset *= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, offset);
         float value = silu(sum);
-        if (made.data && valid && first == 0) store(made.row(t) + channel, value);
+        if (made.data && first == 0) store(made.row(t) + channel, value);
         return value;
     };
 #else
@@ -93,9 +97,11 @@ extern "C" __global__ void selective_scan_step(SCAN_INPUTS, Rows<float> state_ou
 #ifdef TAPS
     // Of the outputs that an input has, the first one writes its state, which all have read.
     __syncthreads();
-    if (valid && first == 0 && channel / head % repeat == 0 && inputs_out.data && segment.slot < inputs_slots_out) {
+    if (repeat == 0 && inputs_out.data && segment.slot < inputs_slots_out) {
+        float* last = inputs_out.row(segment.slot) + (long long)from * TAPS + first_tap;
 #pragma unroll
-        for (int k = 0; k < TAPS; ++k) inputs_out.row(segment.slot)[(long long)from * TAPS + k] = window[k];
+        for (int k = 0; k < TAPS_OF_LANE; ++k)
+            if (first_tap + k < TAPS) last[k] = window[k];
     }
 #endif
     if (!valid || !state_out.data || segment.slot >= slots_out) return;

@@ -133,7 +133,7 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Threads of a block of `selective_scan_step`, or a few more.
+/// Threads of a block of `selective_scan_step` without a convolution.
 const STEP_THREADS: usize = 128;
 
 /// The macros of the layouts that calls ask for as a rule, for forward and backward: 16 states, aligned and not, and
@@ -273,11 +273,10 @@ fn step_lanes(d_state: usize) -> usize {
     d_state.div_ceil(4).next_power_of_two().clamp(4, 32)
 }
 
-/// Threads of a block of `selective_scan_step` that have all outputs of some heads of a convolution, if there are such blocks.
+/// Threads of a block of `selective_scan_step` that have a head of a convolution, if there is such a block.
 fn step_threads(d_state: usize, a_head: usize) -> Option<usize> {
-    let of_a_head = a_head.checked_mul(step_lanes(d_state))?;
-    let threads = of_a_head.checked_mul(STEP_THREADS.div_ceil(of_a_head.max(1)))?;
-    (threads > 0 && threads <= 1024 && threads.is_multiple_of(32)).then_some(threads)
+    let threads = a_head.checked_mul(step_lanes(d_state))?;
+    (threads <= 1024 && threads.is_multiple_of(32)).then_some(threads)
 }
 
 /// Whether segments are of few tokens: a step of decoding has about one of each.
@@ -296,10 +295,15 @@ fn step(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>, t
     let shape = Shape { grid, block: [threads as u32, 1, 1], shared_bytes: 0 };
     let mut arguments = inputs.arguments(inputs.state).maybe_rows(state_out).place(&out).int(channels as u32);
     if let Some((conv, keeps)) = conv {
-        defines.extend(conv.step_defines());
+        defines.extend(conv.defines());
+        defines.push(("HEAD", Tiles::number(conv.head())));
         arguments = conv.step_arguments(arguments, keeps);
     }
     c.launch((&source::SELECTIVE_SCAN_STEP, "selective_scan_step"), &defines, shape, &arguments)
+}
+
+pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
+    if is_step(op) { step(c, op, None, STEP_THREADS) } else { forward(c, op, None) }
 }
 
 pub(in crate::backend::cuda) fn conv_scan(c: &mut Call, op: &ops::ConvScan) -> Result<()> {
@@ -309,14 +313,11 @@ pub(in crate::backend::cuda) fn conv_scan(c: &mut Call, op: &ops::ConvScan) -> R
     {
         return step(c, &op.scan, Some((&conv, op.keeps)), threads);
     }
-    conv::launch(c, &conv)?;
-    selective_scan(c, &op.scan)
+    forward(c, &op.scan, Some((&conv, op.keeps)))
 }
 
-pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
-    if is_step(op) {
-        return step(c, op, None, STEP_THREADS);
-    }
+/// Forward of any segments; perhaps with the convolution before, and whether u is kept.
+fn forward(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>) -> Result<()> {
     let inputs = Inputs::new(c, &op.inputs)?;
     let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
     let out = c.floats("out", op.out)?;
@@ -325,6 +326,11 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
     let in_sixteens = inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes());
     let parts = inputs.cut(c, in_sixteens);
+    let joined = conv.filter(|(conv, _)| in_sixteens && parts.tokens.is_none() && conv.in_tiles(TILE16));
+    match (conv, joined) {
+        (Some((conv, _)), None) => conv::launch(c, conv)?,
+        _ => {}
+    }
     let mut state = inputs.state;
     if parts.tokens.is_some() {
         let room = c.scratch(parts.bytes(inputs.channels, inputs.tiles.d_state))?;
@@ -334,10 +340,15 @@ pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::Selective
     let arguments = parts.arguments(inputs.arguments(state)).maybe_rows(state_out).maybe_rows(saved).place(&out);
     if in_sixteens {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
-        let arguments = arguments.int(inputs.tiles.count as u32);
+        let mut arguments = arguments.int(inputs.tiles.count as u32);
         let shape = inputs.shape16(&parts, 512, scan16_bytes());
-        let defines = [of_u, of_delta, of_p, ("T_OUT", out.of()), parts.define()];
-        return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
+        let mut defines = vec![of_u, of_delta, of_p, ("T_OUT", out.of()), parts.define()];
+        if let Some((conv, keeps)) = joined {
+            defines.extend(conv.defines());
+            arguments = conv.in_tiles_arguments(arguments, keeps);
+        }
+        c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments)?;
+        return joined.map_or(Ok(()), |(conv, _)| conv.keep_state(c));
     }
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
