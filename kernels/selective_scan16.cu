@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
             if (of_chunk >= 0) inputs.load_from(values_of(of_chunk, OF_U) + (before - t + (before < 0 ? STEPS : 0)) * TILE * 2);
 #pragma unroll
             for (int i = 0; i < SHARE; ++i) {
-                float input = of_chunk >= 0 ? inputs[i] : past_input(x, inputs_in, inputs_slots, segment, segment.start + before, from + i);
+                float input = of_chunk >= 0 ? inputs[i] : past_input(x, inputs_in, inputs_slots, segment, (long long)segment.start + before, from + i);
                 sums[i] = fmaf(taps[k][i], input, sums[i]);
             }
         }

@@ -377,10 +377,13 @@ impl Scan {
             columns[part] = cols;
             cols += widths[part] + t.one_of(&gaps);
         }
-        let gated = t.one_of(&[true, true, false]);
+        // Kernels for tiles take those alone that have a gate, and softplus.
+        let most =
+            if in_tiles { [true, true, true, true, true, false] } else { [true, true, false, true, true, false] };
+        let gated = t.one_of(&most);
         let parts = if gated { 3 } else { 2 };
         let inside = |col: usize| (0..parts).any(|part| (columns[part]..columns[part] + widths[part]).contains(&col));
-        let softplus = t.one_of(&[true, true, false]);
+        let softplus = t.one_of(&most);
         let segments_of = if long { t.segments_beside(&segments, 0) } else { t.segments(&segments) }?;
         let projected =
             t.input_of("projected", tokens, cols, |t, _, col| if inside(col) { t.normal() } else { f64::NAN })?;
@@ -465,7 +468,8 @@ pub fn conv_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
         if keeps { t.output("u", tokens, channels, 5) } else { t.passed("u", tokens, channels) }
     })?;
     let dividing = |n: usize, of: &[usize]| of.iter().copied().filter(|of| n.is_multiple_of(*of)).collect::<Vec<_>>();
-    let head = t.one_of(&dividing(scan.channels, &[1, 2, 3, 4, 8, 16, 16, 16]));
+    let in_tiles = t.in_tiles() && d_state == 16;
+    let head = if in_tiles { 16 } else { t.one_of(&dividing(scan.channels, &[1, 2, 3, 4, 8, 16, 16, 16])) };
     let repeat = t.one_of(&dividing(scan.channels / head, &[1, 2, 3, 4]));
     let (segments, sizes) = (scan.segments.clone(), (scan.channels / repeat, head, repeat, t.coin()));
     let conv = Conv::of(t, (segments, scan.slots, scan.segments_of), sizes)?;
