@@ -16,12 +16,23 @@ extern "C" __global__ void column_partials(Rows<const T_X> x, const float* weigh
     partials[(long long)blockIdx.x * cols + c] = sum;
 }
 #else
-// out[c] += Σ_chunk partials[chunk, c].
-extern "C" __global__ void column_totals(const float* partials, float* out, long long chunks, long long cols) {
-    long long c = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (c >= cols) return;
+// out[c] += Σ_chunk partials[chunk, c]: a block has a warp's width of columns, each of WARPS warps every WARPS-th chunk.
+#define WARPS 16
+
+extern "C" __global__ void __launch_bounds__(WARPS* WARP)
+    column_totals(const float* partials, float* out, long long chunks, long long cols) {
+    __shared__ float sums[WARPS][WARP];
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    long long c = blockIdx.x * (long long)WARP + lane;
     float sum = 0;
-    for (long long chunk = 0; chunk < chunks; ++chunk) sum += partials[chunk * cols + c];
+#pragma unroll 8
+    for (long long chunk = warp; chunk < chunks; chunk += WARPS)
+        if (c < cols) sum += partials[chunk * cols + c];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= cols) return;
+#pragma unroll
+    for (int other = 1; other < WARPS; ++other) sum += sums[other][lane];
     out[c] += sum;
 }
 #endif

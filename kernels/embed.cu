@@ -1,17 +1,25 @@
 // The embedding's gradient, dweight[ids[t]] += dout[t] in the order of the rows, in two launches. The embedding itself is
 // rows.cu's gather.
 //
-//   embed_links: for each row whether its id came before, and the next row with the same id.
+//   embed_links: for each row whether its id came before, and the next row with the same id, a warp a row.
 //   embed_backward: the first row of each id follows the links and sums, a thread a column.
 #include "h1.cuh"
 
 extern "C" __global__ void embed_links(const unsigned* ids, unsigned* first, unsigned* next, unsigned tokens) {
     after_earlier();
-    unsigned t = blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned t = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (t >= tokens) return;
-    unsigned id = ids[t], before = 0, after = t + 1;
-    while (before < t && ids[before] != id) ++before;
-    while (after < tokens && ids[after] != id) ++after;
+    unsigned id = ids[t];
+    // The first row of `from..to` with this id; `to` if there is none.
+    auto find = [&](unsigned from, unsigned to) {
+        for (; from < to; from += WARP) {
+            unsigned found = __ballot_sync(WHOLE_WARP, from + lane < to && ids[from + lane] == id);
+            if (found) return from + __ffs(found) - 1;
+        }
+        return to;
+    };
+    unsigned before = find(0, t), after = find(t + 1, tokens);
+    if (lane > 0) return;
     first[t] = before == t;
     next[t] = after;
 }

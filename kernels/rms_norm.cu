@@ -1,13 +1,15 @@
 // RMS norm, a block a row: out = weight ⊙ x·inv, inv = 1 / sqrt(mean(x²) + eps).
 //
-// Backward, with g = dout ⊙ weight: dx = inv·(g − x·inv²·mean(g ⊙ x)); dweight += Σ_t dout[t] ⊙ x[t]·inv[t], whose sums
-// over a chunk of rows `rms_norm_dweight` leaves in `partials`.
+// Backward, with g = dout ⊙ weight: dx = inv·(g − x·inv²·mean(g ⊙ x)); dweight += Σ_t dout[t] ⊙ x[t]·inv[t], whose sum
+// over its rows each block leaves in its row of `partials`, if there are.
 //
 // Bound by the bytes of the rows, and where there are few rows by the time of a read: a thread asks for HELD · 8 values at
 // once and keeps them for the second pass. What is beyond HELD · 8 · threads is read twice.
 #include "h1.cuh"
 
 #define HELD 2
+// Threads of a block of backward, at most.
+#define BACKWARD_THREADS 512
 
 // The first of the columns that a thread takes the h-th time.
 H1_DEVICE int column(int h) { return 8 * (h * blockDim.x + threadIdx.x); }
@@ -50,30 +52,38 @@ extern "C" __global__ void rms_norm(Rows<const T_X> x, const T_W* weight, float 
     }
 }
 
-extern "C" __global__ void rms_norm_backward(Rows<const T_X> x, const T_W* weight, const float* inv_rms,
-                                             Rows<const T_OUT> dout, Rows<T_OUT> dx, int add, long long tokens,
-                                             int hidden) {
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
+    rms_norm_backward(Rows<const T_X> x, const T_W* weight, const float* inv_rms, Rows<const T_OUT> dout, Rows<T_OUT> dx,
+                      int add, long long tokens, int hidden, float* partials) {
     after_earlier();
     __shared__ float shared[WARP];
-    bool wide = aligned(x) && aligned(dout) && aligned(dx) && aligned(Rows<const T_W>{weight, 0});
+    bool wide = aligned(x) && aligned(dout) && aligned(dx) && aligned(Rows<const T_W>{weight, 0}) && hidden % 8 == 0;
+    float* of_block = partials + (partials ? (long long)blockIdx.x * hidden : 0);
+    float sums[HELD][8] = {};
     for (long long t = blockIdx.x; t < tokens; t += gridDim.x) {
         float values[HELD][8], slopes[HELD][8], product = 0, inv = inv_rms[t];
-        // x and g of eight columns, and the part of their product.
-        auto take = [&](float (&values)[8], float (&slopes)[8], int c) {
+        // x and g of eight columns, and the part of their product; what the row adds to dweight is added to `sums`.
+        auto take = [&](float (&values)[8], float (&slopes)[8], float (&sums)[8], int c) {
             float weights[8];
             load_eight(values, x.row(t) + c, hidden - c, wide);
             load_eight(slopes, dout.row(t) + c, hidden - c, wide);
             load_eight(weights, weight + c, hidden - c, wide);
             float sum = 0;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sum += (slopes[i] *= weights[i]) * values[i];
+            for (int i = 0; i < 8; ++i) {
+                sums[i] += slopes[i] * values[i] * inv;
+                sum += (slopes[i] *= weights[i]) * values[i];
+            }
             return sum;
         };
 #pragma unroll
-        for (int h = 0; h < HELD; ++h) product += take(values[h], slopes[h], column(h));
+        for (int h = 0; h < HELD; ++h) product += take(values[h], slopes[h], sums[h], column(h));
         for (int h = HELD; column(h) < hidden; ++h) {
-            float more_values[8], more_slopes[8];
-            product += take(more_values, more_slopes, column(h));
+            int c = column(h);
+            float more_values[8], more_slopes[8], more_sums[8] = {};
+            if (partials && t != blockIdx.x) load_eight(more_sums, of_block + c, hidden - c, wide);
+            product += take(more_values, more_slopes, more_sums, c);
+            if (partials) store_eight(of_block + c, more_sums, hidden - c, wide);
         }
         float along = block_sum(product, shared) / hidden * inv * inv;
         auto finish = [&](const float (&values)[8], float (&slopes)[8], int c) {
@@ -84,27 +94,12 @@ extern "C" __global__ void rms_norm_backward(Rows<const T_X> x, const T_W* weigh
 #pragma unroll
         for (int h = 0; h < HELD; ++h) finish(values[h], slopes[h], column(h));
         for (int h = HELD; column(h) < hidden; ++h) {
-            take(values[0], slopes[0], column(h));
+            float counted[8];
+            take(values[0], slopes[0], counted, column(h));
             finish(values[0], slopes[0], column(h));
         }
     }
-}
-
-extern "C" __global__ void rms_norm_dweight(Rows<const T_X> x, const float* inv_rms, Rows<const T_OUT> dout,
-                                            float* partials, long long tokens, int hidden, int chunk) {
-    after_earlier();
-    bool wide = aligned(x) && aligned(dout) && hidden % 8 == 0;
-    long long first = (long long)blockIdx.x * chunk, end = min(first + chunk, tokens);
-    for (int c = 8 * (blockIdx.y * blockDim.x + threadIdx.x); c < hidden; c += 8 * gridDim.y * blockDim.x) {
-        float sums[8] = {};
-#pragma unroll 4
-        for (long long t = first; t < end; ++t) {
-            float values[8], slopes[8], inv = inv_rms[t];
-            load_eight(values, x.row(t) + c, hidden - c, wide);
-            load_eight(slopes, dout.row(t) + c, hidden - c, wide);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sums[i] += slopes[i] * values[i] * inv;
-        }
-        store_eight(partials + (long long)blockIdx.x * hidden + c, sums, hidden - c, wide);
-    }
+    for (int h = 0; h < HELD; ++h)
+        if (partials) store_eight(of_block + column(h), sums[h], hidden - column(h), wide);
 }

@@ -313,6 +313,15 @@ fn attention_agrees_with_the_reference_on_an_emulated_a100() {
     }
 }
 
+#[test]
+fn a_norm_of_rows_that_no_block_holds_agrees_with_the_reference_on_cuda() {
+    for device in [Some(emulated_card(0)), card()].into_iter().flatten() {
+        if let Err(failure) = cases::MANY_WIDE_ROWS.run(&device, 0) {
+            panic!("{} on {}: {failure}", cases::MANY_WIDE_ROWS.name, device.info().device);
+        }
+    }
+}
+
 /// The emulated suite once more in a process with the sanitizers of addresses and of undefined behaviour.
 #[test]
 #[cfg(target_os = "linux")]

@@ -102,6 +102,10 @@ const fn case(name: &'static str, body: fn(&mut Trial) -> Verdict) -> Case {
     Case { name, body }
 }
 
+/// A norm's backward over more rows than a GPU has blocks for, wider than these hold: too much for every device to try it.
+pub const MANY_WIDE_ROWS: Case =
+    case("rms_norm_backward of many wide rows", |t| dense::rms_norm_backward_of(t, 515, 8200));
+
 /// Every op and its variants.
 pub const CASES: &[Case] = &[
     case("embed", dense::embed),

@@ -41,6 +41,11 @@ pub fn rms_norm(t: &mut Trial) -> Verdict {
 
 pub fn rms_norm_backward(t: &mut Trial) -> Verdict {
     let (tokens, hidden) = (t.size(MOST), t.size(MOST));
+    rms_norm_backward_of(t, tokens, hidden)
+}
+
+/// Of so many rows, of so many values.
+pub fn rms_norm_backward_of(t: &mut Trial, tokens: usize, hidden: usize) -> Verdict {
     let x = t.input("x", tokens, hidden)?;
     let weight = t.parameter("weight", 1, hidden)?;
     let out = t.kept("out", tokens, hidden)?;

@@ -2,18 +2,23 @@
 
 use super::call::{Call, Place, SegmentsPlace, blocks, each, each_eight};
 use super::driver::{Arguments, Shape};
-use super::memory::{chunk_of_rows, column_totals, gather_rows};
+use super::memory::{column_totals, gather_rows};
 use super::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
 /// Values of a row that a thread of `rms_norm.cu` keeps: 8·HELD there.
 const NORM_VALUES: usize = 16;
+/// Threads of a block of the norm's backward, BACKWARD_THREADS there, and blocks, at most: they have rows in turn, and a partial
+/// sum each.
+const NORM_BACKWARD_THREADS: usize = 512;
+const NORM_BACKWARD_BLOCKS: usize = 512;
 /// Rows of a block of `page_write.cu`, a warp each.
 const PAGE_ROWS: usize = 8;
 
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(largest: &Largest) -> usize {
-    2 * (4 * largest.tokens).next_multiple_of(256)
+    let partials = 4 * largest.tokens.min(NORM_BACKWARD_BLOCKS) * largest.width;
+    partials.max(2 * (4 * largest.tokens).next_multiple_of(256))
 }
 
 pub(super) fn embed(c: &mut Call, op: &ops::Embed) -> Result<()> {
@@ -27,15 +32,15 @@ pub(super) fn embed_backward(c: &mut Call, op: &ops::EmbedBackward) -> Result<()
     let [first, next] = c.scratch([4 * dout.rows; 2])?;
     let defines = [("T_X", dout.of())];
     let links = Arguments::new().pointer(ids.start).pointer(first).pointer(next).int(tokens);
-    c.launch((&source::EMBED, "embed_links"), &defines, blocks(dout.rows.div_ceil(256), 256), &links)?;
+    c.launch((&source::EMBED, "embed_links"), &defines, blocks(dout.rows.div_ceil(8), 256), &links)?;
     let arguments = Arguments::new().pointer(ids.start).pointer(first).pointer(next).place(&dout).place(&dweight);
     let arguments = arguments.size(dweight.rows).int(tokens).size(dout.cols);
     c.launch((&source::EMBED, "embed_backward"), &defines, each(dout.rows, dout.cols), &arguments)
 }
 
-/// A block a row of a norm, with as many threads as keep the row.
-fn norm_blocks(rows: usize, width: usize) -> Shape {
-    blocks(rows, width.div_ceil(NORM_VALUES).next_multiple_of(32).clamp(32, 1024) as u32)
+/// Blocks of a norm, with as many threads as keep a row, up to some.
+fn norm_blocks(blocks_of_rows: usize, width: usize, most: usize) -> Shape {
+    blocks(blocks_of_rows, width.div_ceil(NORM_VALUES).next_multiple_of(32).clamp(32, most) as u32)
 }
 
 pub(super) fn rms_norm(c: &mut Call, op: &ops::RmsNorm) -> Result<()> {
@@ -44,7 +49,7 @@ pub(super) fn rms_norm(c: &mut Call, op: &ops::RmsNorm) -> Result<()> {
     let arguments = Arguments::new().place(&x).pointer(weight.start).float(op.eps).place(&out).maybe(inv_rms);
     let arguments = arguments.size(x.rows).int(c.int("width", x.cols)?);
     let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", out.of())];
-    c.launch((&source::RMS_NORM, "rms_norm"), &defines, norm_blocks(x.rows, x.cols), &arguments)
+    c.launch((&source::RMS_NORM, "rms_norm"), &defines, norm_blocks(x.rows, x.cols, 1024), &arguments)
 }
 
 pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Result<()> {
@@ -53,16 +58,13 @@ pub(super) fn rms_norm_backward(c: &mut Call, op: &ops::RmsNormBackward) -> Resu
     let (dx, dweight) = (c.like("dx", op.dx.view, &dout)?, c.maybe_f32("dweight", op.dweight)?);
     let width = c.int("width", x.cols)?;
     let defines = [("T_X", x.of()), ("T_W", weight.of()), ("T_OUT", dx.of())];
+    let row_blocks = x.rows.min(NORM_BACKWARD_BLOCKS);
+    let partials = if dweight.is_some() { c.scratch([4 * row_blocks * x.cols])?[0] } else { 0 };
     let arguments = Arguments::new().place(&x).pointer(weight.start).pointer(inv_rms.start).place(&dout).place(&dx);
-    let arguments = arguments.int(op.dx.add.into()).size(x.rows).int(width);
-    c.launch((&source::RMS_NORM, "rms_norm_backward"), &defines, norm_blocks(x.rows, x.cols), &arguments)?;
-    let Some(dweight) = dweight else { return Ok(()) };
-    let (chunk, chunks) = chunk_of_rows(x.rows);
-    let [partials] = c.scratch([4 * chunks * x.cols])?;
-    let arguments = Arguments::new().place(&x).pointer(inv_rms.start).place(&dout).pointer(partials);
-    let arguments = arguments.size(x.rows).int(width).int(c.int("rows", chunk)?);
-    c.launch((&source::RMS_NORM, "rms_norm_dweight"), &defines, each_eight(chunks, x.cols), &arguments)?;
-    column_totals(c, partials, chunks, &dweight)
+    let arguments = arguments.int(op.dx.add.into()).size(x.rows).int(width).pointer(partials);
+    let shape = norm_blocks(row_blocks, x.cols, NORM_BACKWARD_THREADS);
+    c.launch((&source::RMS_NORM, "rms_norm_backward"), &defines, shape, &arguments)?;
+    dweight.map_or(Ok(()), |dweight| column_totals(c, partials, row_blocks, &dweight))
 }
 
 pub(super) fn swiglu(c: &mut Call, op: &ops::Swiglu) -> Result<()> {

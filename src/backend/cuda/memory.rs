@@ -8,6 +8,8 @@ use crate::backend::{DType, Largest, Result, ops};
 /// Rows whose sum is a partial one, at least; and how many partial sums there are, at most.
 const CHUNK_ROWS: usize = 32;
 const CHUNKS: usize = 512;
+/// Threads of a block of `column_totals`, 32·WARPS there.
+const TOTALS_THREADS: u32 = 512;
 /// Threads of a block that goes over a flat space.
 const THREADS: u32 = 512;
 /// Blocks that go over a flat space, at most.
@@ -20,7 +22,7 @@ pub(super) fn scratch_bytes(largest: &Largest) -> usize {
 }
 
 /// Rows of a partial sum over `rows`, and how many of these there are.
-pub(super) fn chunk_of_rows(rows: usize) -> (usize, usize) {
+fn chunk_of_rows(rows: usize) -> (usize, usize) {
     let chunk = rows.div_ceil(CHUNKS).max(CHUNK_ROWS);
     (chunk, rows.div_ceil(chunk))
 }
@@ -28,7 +30,7 @@ pub(super) fn chunk_of_rows(rows: usize) -> (usize, usize) {
 /// `out[c] += Σ_chunk partials[chunk, c]`.
 pub(super) fn column_totals(c: &mut Call, partials: Pointer, chunks: usize, out: &Place) -> Result<()> {
     let arguments = Arguments::new().pointer(partials).pointer(out.start).size(chunks).size(out.cols);
-    c.launch((&source::COLUMNS, "column_totals"), &[], blocks(out.cols.div_ceil(128), 128), &arguments)
+    c.launch((&source::COLUMNS, "column_totals"), &[], blocks(out.cols.div_ceil(32), TOTALS_THREADS), &arguments)
 }
 
 /// `out[c] += Σ_r weights[r]·values[r, c]`, each row once without weights.
