@@ -15,6 +15,7 @@ mod trial;
 use super::reference::Reference;
 use super::{DType, Device, Error};
 use losses::Gradient;
+use mixers::Sequences;
 use trial::{Look, Trial};
 
 /// What a backend did wrong.
@@ -138,15 +139,18 @@ pub const CASES: &[Case] = &[
     case("conv1d_backward before a repeat", |t| mixers::conv1d_backward(t, 3, false)),
     case("neg_exp", |t| t.in_f32(mixers::neg_exp)),
     case("neg_exp_backward", |t| t.in_f32(mixers::neg_exp_backward)),
-    case("selective_scan", |t| mixers::selective_scan(t, 16, false)),
-    case("selective_scan of any d_state", |t| mixers::selective_scan(t, 0, false)),
-    case("selective_scan of a long sequence", |t| mixers::selective_scan(t, 16, true)),
-    case("conv_scan", |t| mixers::conv_scan(t, 16, false)),
-    case("conv_scan of any d_state", |t| mixers::conv_scan(t, 0, false)),
-    case("conv_scan of a long sequence", |t| mixers::conv_scan(t, 16, true)),
-    case("selective_scan_backward", |t| mixers::selective_scan_backward(t, 16, false)),
-    case("selective_scan_backward of any d_state", |t| mixers::selective_scan_backward(t, 0, false)),
-    case("selective_scan_backward of a long sequence", |t| mixers::selective_scan_backward(t, 16, true)),
+    case("selective_scan", |t| mixers::selective_scan(t, 16, Sequences::Any)),
+    case("selective_scan of any d_state", |t| mixers::selective_scan(t, 0, Sequences::Any)),
+    case("selective_scan of a long sequence", |t| mixers::selective_scan(t, 16, Sequences::Long)),
+    case("selective_scan of a step", |t| mixers::selective_scan(t, 0, Sequences::Step)),
+    case("conv_scan of a step", |t| mixers::conv_scan(t, 0, Sequences::Step)),
+    case("conv_scan", |t| mixers::conv_scan(t, 16, Sequences::Any)),
+    case("conv_scan of any d_state", |t| mixers::conv_scan(t, 0, Sequences::Any)),
+    case("conv_scan of a long sequence", |t| mixers::conv_scan(t, 16, Sequences::Long)),
+    case("conv_scan of a long sequence, not cut", |t| mixers::conv_scan(t, 16, Sequences::Whole)),
+    case("selective_scan_backward", |t| mixers::selective_scan_backward(t, 16, Sequences::Any)),
+    case("selective_scan_backward of any d_state", |t| mixers::selective_scan_backward(t, 0, Sequences::Any)),
+    case("selective_scan_backward of a long sequence", |t| mixers::selective_scan_backward(t, 16, Sequences::Long)),
     case("head_loss", |t| t.in_f32(|t| losses::head_loss(t, true))),
     case("head_loss without a teacher", |t| t.in_f32(|t| losses::head_loss(t, false))),
     case("head_loss_gradient", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, Gradient::InPlace))),

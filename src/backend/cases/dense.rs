@@ -56,7 +56,8 @@ pub fn rms_norm_backward_of(t: &mut Trial, tokens: usize, hidden: usize) -> Verd
     })?;
     let dout = t.input("dout", tokens, hidden)?;
     let (dx, add) = t.out("dx", tokens, hidden, hidden)?;
-    let dweight = if t.coin() { Some(t.in_f32(|t| t.changed("dweight", 1, hidden, tokens))?) } else { None };
+    let wanted = t.one_of(&[true, true, false]);
+    let dweight = if wanted { Some(t.in_f32(|t| t.changed("dweight", 1, hidden, tokens))?) } else { None };
     t.run(|on| {
         let (x, weight, inv_rms, dout) = (on.view(x), on.view(weight), on.view(inv_rms), on.view(dout));
         let (dx, dweight) = (Out { view: on.view(dx), add }, on.maybe(dweight));
@@ -116,8 +117,8 @@ pub fn linear_swiglu(t: &mut Trial, most_tokens: usize) -> Verdict {
     let (gap, behind, swapped) = (t.one_of(&[0, 0, 3]), t.one_of(&[0, 0, 1]), t.coin());
     let outputs = 2 * width + gap + behind;
     let weight = t.weight("weight", outputs, inputs)?;
-    let bias = if t.one_of(&[true, false, false]) { Some(t.parameter("bias", 1, outputs)?) } else { None };
-    let keeps = t.coin();
+    let bias = if t.one_of(&[true, false, false, false]) { Some(t.parameter("bias", 1, outputs)?) } else { None };
+    let keeps = t.one_of(&[true, false, false]);
     let both = if keeps { t.output("both", tokens, outputs, inputs)? } else { t.passed("both", tokens, outputs)? };
     let out = t.output("out", tokens, width, 4 * inputs)?;
     t.run(|on| {

@@ -238,8 +238,10 @@ impl Conv {
         (segments, slots, segments_of): (Segments, usize, (Arg, Arg)),
         (channels_in, head, repeat, repeat_first): (usize, usize, usize, bool),
     ) -> Result<Self> {
-        let shape = ops::ConvShape { channels_in, head, repeat, width: t.one_of(&[1, 2, 3, 4, 4, 5]), repeat_first };
-        let (x_cols, behind) = if t.in_tiles() { ([0, 16, 32, 64], [0, 8, 16]) } else { ([0, 1, 7, 32], [0, 1, 5]) };
+        let in_tiles = t.in_tiles();
+        let width = t.one_of(if in_tiles { &[2, 3, 4, 4] } else { &[1, 2, 3, 4, 4, 5] });
+        let shape = ops::ConvShape { channels_in, head, repeat, width, repeat_first };
+        let (x_cols, behind) = if in_tiles { ([0, 16, 32, 64], [0, 8, 16]) } else { ([0, 1, 7, 32], [0, 1, 5]) };
         let x_col = t.one_of(&x_cols);
         let cols = x_col + channels_in + t.one_of(&behind);
         // What is not x must not be read.
@@ -328,6 +330,19 @@ pub fn neg_exp_backward(t: &mut Trial) -> Verdict {
     })
 }
 
+/// What the sequences of a scan are like.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Sequences {
+    /// Of any length.
+    Any,
+    /// One, long enough to be cut in time.
+    Long,
+    /// The same with room for others beside it, for which a small device does not cut it.
+    Whole,
+    /// A token or two of each, as a step of decoding has.
+    Step,
+}
+
 /// The scan's sizes and inputs.
 struct Scan {
     segments: Segments,
@@ -349,25 +364,35 @@ struct Scan {
 
 impl Scan {
     /// With u that is given.
-    fn draw(t: &mut Trial, d_state: usize, long: bool) -> Result<Self> {
-        Self::of(t, d_state, long, |t, tokens, channels| t.input("u", tokens, channels))
+    fn draw(t: &mut Trial, d_state: usize, sequences: Sequences) -> Result<Self> {
+        Self::of(t, d_state, sequences, |t, tokens, channels| t.input("u", tokens, channels))
     }
 
     fn of(
         t: &mut Trial,
         d_state: usize,
-        long: bool,
+        sequences: Sequences,
         u: impl FnOnce(&mut Trial, usize, usize) -> Result<Arg>,
     ) -> Result<Self> {
-        let (segments, slots) = if long { t.long_sequence()? } else { t.sequences(true)? };
+        let (long, step) = (matches!(sequences, Sequences::Long | Sequences::Whole), sequences == Sequences::Step);
+        let (segments, slots) = match sequences {
+            Sequences::Any => t.sequences(true)?,
+            Sequences::Long | Sequences::Whole => t.long_sequence()?,
+            Sequences::Step => t.step()?,
+        };
         let tokens = segments.tokens();
-        let d_state = if d_state > 0 { d_state } else { t.size(33) };
+        let d_state = match d_state {
+            0 if step && t.coin() => 16,
+            0 => t.size(33),
+            given => given,
+        };
         let in_tiles = t.in_tiles() && d_state == 16;
         // Few channels, and no room for other segments, leave it to parts of the sequence, even on a small device.
         let (groups, tiles, most): (&[_], &[_], _) =
             if long { (&[1, 2], &[16, 32], 16) } else { (&[1, 2, 4], &[16, 32, 48], 40) };
         let groups = (t.one_of(groups), t.one_of(groups));
-        let channels = groups.0.max(groups.1) * if in_tiles { t.one_of(tiles) } else { t.size(most) };
+        let channels =
+            groups.0.max(groups.1) * if in_tiles || step && t.coin() { t.one_of(tiles) } else { t.size(most) };
         let gaps = if in_tiles { [0, 0, 8, 16] } else { [0, 0, 1, 16] };
         let widths = [groups.0 * d_state, groups.1 * d_state, channels];
         // B, C and z in any order, with columns between them that must not be read.
@@ -378,13 +403,20 @@ impl Scan {
             cols += widths[part] + t.one_of(&gaps);
         }
         // Kernels for tiles take those alone that have a gate, and softplus.
-        let most =
-            if in_tiles { [true, true, true, true, true, false] } else { [true, true, false, true, true, false] };
-        let gated = t.one_of(&most);
+        let most: &[bool] = match sequences {
+            Sequences::Whole if in_tiles => &[true],
+            _ if in_tiles => &[true, true, true, true, true, false],
+            _ => &[true, true, false],
+        };
+        let gated = t.one_of(most);
         let parts = if gated { 3 } else { 2 };
         let inside = |col: usize| (0..parts).any(|part| (columns[part]..columns[part] + widths[part]).contains(&col));
-        let softplus = t.one_of(&most);
-        let segments_of = if long { t.segments_beside(&segments, 0) } else { t.segments(&segments) }?;
+        let softplus = t.one_of(most);
+        let segments_of = match sequences {
+            Sequences::Long => t.segments_beside(&segments, 0)?,
+            Sequences::Whole => t.segments_beside(&segments, 7)?,
+            Sequences::Any | Sequences::Step => t.segments(&segments)?,
+        };
         let projected =
             t.input_of("projected", tokens, cols, |t, _, col| if inside(col) { t.normal() } else { f64::NAN })?;
         let u = u(t, tokens, channels)?;
@@ -446,11 +478,11 @@ impl Scan {
     }
 }
 
-pub fn selective_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
-    let scan = Scan::draw(t, d_state, long)?;
+pub fn selective_scan(t: &mut Trial, d_state: usize, sequences: Sequences) -> Verdict {
+    let scan = Scan::draw(t, d_state, sequences)?;
     let (tokens, values) = (scan.segments.tokens(), scan.channels * scan.d_state);
     let (state_in, state_out) = t.in_f32(|t| state(t, &scan.segments, scan.slots, values, tokens))?;
-    let saved = if t.coin() { Some(scan.saved(t, false)?) } else { None };
+    let saved = if sequences != Sequences::Step && t.coin() { Some(scan.saved(t, false)?) } else { None };
     let out = t.output("out", tokens, scan.channels, tokens + scan.d_state)?;
     t.run(|on| {
         on.device.selective_scan(&ops::SelectiveScan {
@@ -462,13 +494,13 @@ pub fn selective_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
     })
 }
 
-pub fn conv_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
+pub fn conv_scan(t: &mut Trial, d_state: usize, sequences: Sequences) -> Verdict {
     let keeps = t.coin();
-    let scan = Scan::of(t, d_state, long, |t, tokens, channels| {
+    let scan = Scan::of(t, d_state, sequences, |t, tokens, channels| {
         if keeps { t.output("u", tokens, channels, 5) } else { t.passed("u", tokens, channels) }
     })?;
     let dividing = |n: usize, of: &[usize]| of.iter().copied().filter(|of| n.is_multiple_of(*of)).collect::<Vec<_>>();
-    let in_tiles = t.in_tiles() && d_state == 16;
+    let in_tiles = t.in_tiles() && scan.d_state == 16;
     let head = if in_tiles { 16 } else { t.one_of(&dividing(scan.channels, &[1, 2, 3, 4, 8, 16, 16, 16])) };
     let repeat = t.one_of(&dividing(scan.channels / head, &[1, 2, 3, 4]));
     let (segments, sizes) = (scan.segments.clone(), (scan.channels / repeat, head, repeat, t.coin()));
@@ -477,7 +509,7 @@ pub fn conv_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
     let states_of_conv = conv.states(t)?;
     let terms = t.terms_of_rounded(tokens + scan.d_state);
     let (state_in, state_out) = t.in_f32(|t| state(t, &scan.segments, scan.slots, values, terms))?;
-    let saved = if t.coin() { Some(scan.saved(t, false)?) } else { None };
+    let saved = if sequences != Sequences::Step && t.coin() { Some(scan.saved(t, false)?) } else { None };
     let out = t.output("out", tokens, scan.channels, terms)?;
     t.run(|on| {
         let (inputs, state_out, saved) = (scan.inputs(on, state_in), on.maybe(state_out), on.maybe(saved));
@@ -487,8 +519,8 @@ pub fn conv_scan(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
     })
 }
 
-pub fn selective_scan_backward(t: &mut Trial, d_state: usize, long: bool) -> Verdict {
-    let scan = Scan::draw(t, d_state, long)?;
+pub fn selective_scan_backward(t: &mut Trial, d_state: usize, sequences: Sequences) -> Verdict {
+    let scan = Scan::draw(t, d_state, sequences)?;
     let (tokens, channels) = (scan.segments.tokens(), scan.channels);
     let terms = tokens + scan.d_state;
     let values = channels * scan.d_state;

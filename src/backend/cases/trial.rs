@@ -405,6 +405,17 @@ impl Trial {
         Ok((segments, count + spare))
     }
 
+    /// A step of decoding of `slots` sequences: a token of each as a rule, tokens before it as a rule.
+    pub fn step(&mut self) -> Result<(Segments, usize)> {
+        let (count, spare) = (self.one_of(&[1, 1, 2, 3, 5]), self.one_of(&[0, 2]));
+        let slots = self.permutation(count + spare);
+        let mut segments = Segments::default();
+        for slot in slots.into_iter().take(count) {
+            segments.push(self.one_of(&[0, 1, 1, 1, 1, 2]), self.one_of(&[0, 1, 2, 7, 70]), slot)?;
+        }
+        Ok((segments, count + spare))
+    }
+
     /// One sequence that is long enough to be cut in time.
     pub fn long_sequence(&mut self) -> Result<(Segments, usize)> {
         let (len, past, slots) = (self.one_of(&[800, 1100, 1301]), self.one_of(&[0, 7]), self.one_of(&[1, 3]));
