@@ -167,7 +167,7 @@ class Attention:
         ad = [R(self.out), R(self.dout), L(self.t), I(self.heads), P(self.delta)]
         a = self.backward_inputs()
         if path == "wgmma":
-            return self.backward_wgmma(lambda: kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad))
+            return self.backward_wgmma(lambda: kd(((self.t * self.heads + 3) // 4,), (128,), 0, ad), kernel("attention_backward.cu", "attention_dkv_sum", **d))
         if path == "mma":
             m = dict(T_X=x, HEAD_DIM=self.hd)
             kq, kkv = kernel("attention_backward_mma.cu", "attention_dq_mma", **m), kernel("attention_backward_mma.cu", "attention_dkv_mma", **m)
@@ -192,13 +192,18 @@ class Attention:
             run.info = lambda: (kq.info(), kkv.info())
         return run
 
-    def backward_wgmma(self, make_delta):
+    def backward_wgmma(self, make_delta, ks):
         kq, kkv = (kernel("attention_backward_wgmma.cu", f"attention_{name}_wgmma", T_X=CTYPE[self.dtype], HEAD_DIM=self.hd) for name in ("dq", "dkv"))
         rows, dq_keys, slots, query_rows, keys, stages = (192, 80, 8, 64, 192, 6) if self.hd == 64 else (192, 64, 8, 64, 128, 4)
         maps = lambda rows, keys: [TensorMap(ENGINE, self.q, self.heads, self.group, rows // self.group)] + [TensorMap(ENGINE, x, self.kv, 1, keys) for x in (self.k, self.v)] + [
             TensorMap(ENGINE, self.dout, self.heads, self.group, rows // self.group)]
         rest = self.backward_inputs()[3:-1]
         aq, akv = maps(rows, dq_keys) + rest + [R(self.dq)], maps(query_rows, keys) + rest + [R(self.dk), R(self.dv)]
+        key_rows, width = self.k.shape
+        split = max(1, min(8, MULTIPROCESSORS // (-(-key_rows // keys) * self.kv)))
+        self.partials = torch.empty(split, 2, key_rows, width, device=DEV) if split > 1 else None
+        akv.append(P(self.partials))
+        asum = [P(self.partials), I(split), L(key_rows), I(width), R(self.dk), R(self.dv)]
         tiles, key_tiles = self.t // (rows // self.group) + len(self.lengths), self.k.shape[0] // keys + len(self.lengths)
 
         def run(parts="delta dq dkv"):
@@ -207,7 +212,9 @@ class Attention:
             if "dq" in parts:
                 kq((self.kv, tiles), (512,), (2 * rows + slots * dq_keys) * self.hd * 2 + 1024, aq)
             if "dkv" in parts:
-                kkv((self.kv, key_tiles), (keys * 2 + 128,), (2 * keys + stages * 2 * query_rows) * self.hd * 2 + stages * 8 * query_rows + 1024, akv)
+                kkv((self.kv, key_tiles, split), (keys * 2 + 128,), (2 * keys + stages * 2 * query_rows) * self.hd * 2 + stages * 8 * query_rows + 1024, akv)
+                if split > 1:
+                    ks((2 * key_rows, -(-width // 256)), (256,), 0, asum)
 
         run.info = lambda: (kq.info(), kkv.info())
         return run

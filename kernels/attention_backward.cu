@@ -152,6 +152,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
+// Gradients of keys and values that were made in parts: [parts][dk, dv][key rows][width], summed in order.
+extern "C" __global__ void attention_dkv_sum(const float* partials, int parts, long long key_rows, int width,
+                                             Rows<T_DKV> dk, Rows<T_DKV> dv) {
+    EACH(row, col, 2 * key_rows, width) {
+        float sum = 0.0f;
+        for (int part = 0; part < parts; ++part) sum += partials[(2 * part * key_rows + row) * width + col];
+        store((row < key_rows ? dk.row(row) : dv.row(row - key_rows)) + col, sum);
+    }
+}
+
 // A thread a row.
 extern "C" __global__ void attention_no_keys(const Segment* segments, int capacity, long long key_rows, int width,
                                              Rows<T_DKV> dk, Rows<T_DKV> dv) {

@@ -3,7 +3,8 @@
 // In both kernels the first warpgroup copies and the others multiply, 64 rows each, as in attention_wgmma.cu.
 // attention_dkv_wgmma: a block has KEYS_A_BLOCK keys of one head and goes over tiles of QUERY_ROWS rows of the queries that see
 // them, the last first: Sᵀ = K·Qᵀ, dPᵀ = V·doutᵀ, dV += Pᵀ·dout, dK += dSᵀ·Q. Blocks: key heads along x, key tiles
-// along y.
+// along y, and parts of the tiles of queries along z, where there are more than one: then sums are left in `partials`,
+// [parts][dk, dv][key rows][width], for attention_dkv_sum.
 // attention_dq_wgmma: a block has ROWS rows of queries, the heads of a group together, and goes over tiles of
 // KEYS_A_SLOT keys, the last first: S = Q·Kᵀ, dP = dout·Vᵀ, dS = P·(dP − δ), dQ += dS·K. Blocks: key heads along x, query
 // tiles along y, the last first.
@@ -36,8 +37,16 @@
         const __grid_constant__ TensorMap dout, long long key_rows, const Segment *segments, int capacity,          \
         long long tokens, int heads, int group, float scale, long long window, Rows<const float> lse, const float *delta
 
+// Writes a thread's part of row r as f32.
+H1_DEVICE void store_sums(float* row, const float (&c)[HEAD_DIM / 2], int r, float factor) {
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 8; ++d)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) row[d * 8 + threadIdx.x % 4 * 2 + j] = factor * c[d * 4 + r * 2 + j];
+}
+
 extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
-    attention_dkv_wgmma(BACKWARD_INPUTS, Rows<T_X> dk, Rows<T_X> dv) {
+    attention_dkv_wgmma(BACKWARD_INPUTS, Rows<T_X> dk, Rows<T_X> dv, float* partials) {
     H1_DYNAMIC_SHARED(shared);
     SharedAddress k_tile = shared_address(shared), v_tile = k_tile + BLOCK_BYTES, stages = v_tile + BLOCK_BYTES;
     float* sums = reinterpret_cast<float*>(shared + 2 * BLOCK_BYTES + STAGES * 2 * QUERY_BYTES);
@@ -52,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     int first = max(key0, past), end = past + int(segment.len);
     if (window > 0) end = min((long long)end, key_last + window);
     int steps = (max(end - first, 0) + queries - 1) / queries;
+    // The steps of this part.
+    int begin_step = (long long)steps * blockIdx.z / gridDim.z, end_step = (long long)steps * (blockIdx.z + 1) / gridDim.z;
     if (threadIdx.x == 0) {
         make_ring<STAGES>(full, 1 + WARP, DKV_CONSUMERS);
         barrier_init(kv_full, 1);
@@ -65,14 +76,14 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     if (threadIdx.x < WARPGROUP) {
         give_registers<DKV_CONSUMERS == 2 ? 40 : 32>();
         if (threadIdx.x >= WARP) return;
-        if (lane == 0 && steps > 0) {
+        if (lane == 0 && end_step > begin_step) {
             barrier_expect(kv_full, 2 * BLOCK_BYTES);
             copy_tile<KEYS_A_BLOCK>(k_tile, k, kv_head, segment.keys + key0, kv_full);
             copy_tile<KEYS_A_BLOCK>(v_tile, v, kv_head, segment.keys + key0, kv_full);
         }
         Ring<STAGES> at;
 #pragma unroll 1
-        for (int step = steps - 1; step >= 0; --step, at.next()) {
+        for (int step = end_step - 1; step >= begin_step; --step, at.next()) {
             int from = first + step * queries, used = min(queries, end - from) * group;
             int row0 = segment.start + (from - past);
             SharedAddress to = stages + at.slot * 2 * QUERY_BYTES, barrier = full + 8 * at.slot;
@@ -103,9 +114,9 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
     float scale_log2 = scale * LOG2_E;
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 2; ++i) dk_total[i] = dv_total[i] = 0.0f;
-    if (steps > 0) barrier_wait(kv_full, 0);
+    if (end_step > begin_step) barrier_wait(kv_full, 0);
     Ring<STAGES> at;
-    for (int step = steps - 1; step >= 0; --step, at.next()) {
+    for (int step = end_step - 1; step >= begin_step; --step, at.next()) {
         int from = first + step * queries, count = min(queries, end - from);
         SharedAddress q_tile = stages + at.slot * 2 * QUERY_BYTES, dout_tile = q_tile + QUERY_BYTES;
         const float* of_rows = sums + at.slot * 2 * QUERY_ROWS + lane % 4 * 2;
@@ -169,6 +180,13 @@ extern "C" __global__ void __launch_bounds__(DKV_THREADS, 1)
         int key = warp_row + r * 8;
         if (key >= tile.count) continue;
         long long row = segment.keys + (long long)key0 + key;
+        if (partials) {
+            long long width = gridDim.x * HEAD_DIM;
+            float* to = partials + (2 * blockIdx.z * key_rows + row) * width + kv_head * HEAD_DIM;
+            store_sums(to, dk_total, r, scale);
+            store_sums(to + key_rows * width, dv_total, r, 1.0f);
+            continue;
+        }
         store_row(dk.row(row) + kv_head * HEAD_DIM, dk_total, r, scale);
         store_row(dv.row(row) + kv_head * HEAD_DIM, dv_total, r, 1.0f);
     }

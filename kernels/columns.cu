@@ -17,7 +17,7 @@ extern "C" __global__ void column_partials(Rows<const T_X> x, const float* weigh
 }
 #else
 // out[c] += Σ_chunk partials[chunk, c]: a block has a warp's width of columns, each of WARPS warps every WARPS-th chunk.
-#define WARPS 16
+#define WARPS 32
 
 extern "C" __global__ void __launch_bounds__(WARPS* WARP)
     column_totals(const float* partials, float* out, long long chunks, long long cols) {

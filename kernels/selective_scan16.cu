@@ -236,20 +236,31 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     auto make_u = [&](int chunk) {
         Raw<T_U, SHARE> of_u;
 #ifdef TAPS
-        float sums[SHARE];
+        float sums[SHARE], inputs[TAPS][SHARE];
+        if (chunk > 0 || t >= TAPS - 1) {
+            unsigned char *now = values_of(chunk, OF_U), *before = values_of(chunk + CHUNKS_HELD - 1, OF_U) + STEPS * TILE * 2;
 #pragma unroll
-        for (int i = 0; i < SHARE; ++i) sums[i] = base[i];
+            for (int k = 0; k < TAPS; ++k) {
+                int back = TAPS - 1 - k;
+                Raw<T_U, SHARE> values;
+                values.load_from((t < back ? before : now) - back * TILE * 2);
 #pragma unroll
-        for (int k = 0; k < TAPS; ++k) {
-            // The input of TAPS − 1 − k tokens before, perhaps in the chunk before, or in the state.
-            int before = t - (TAPS - 1 - k), of_chunk = before < 0 ? chunk - 1 : chunk;
-            Raw<T_U, SHARE> inputs;
-            if (of_chunk >= 0) inputs.load_from(values_of(of_chunk, OF_U) + (before - t + (before < 0 ? STEPS : 0)) * TILE * 2);
-#pragma unroll
-            for (int i = 0; i < SHARE; ++i) {
-                float input = of_chunk >= 0 ? inputs[i] : past_input(x, inputs_in, inputs_slots, segment, (long long)segment.start + before, from + i);
-                sums[i] = fmaf(taps[k][i], input, sums[i]);
+                for (int i = 0; i < SHARE; ++i) inputs[k][i] = values[i];
             }
+        } else {
+#pragma unroll
+            for (int k = 0; k < TAPS; ++k)
+#pragma unroll
+                for (int i = 0; i < SHARE; ++i) {
+                    long long row = (long long)segment.start + t - (TAPS - 1 - k);
+                    inputs[k][i] = past_input(x, inputs_in, inputs_slots, segment, row, from + i);
+                }
+        }
+#pragma unroll
+        for (int i = 0; i < SHARE; ++i) {
+            sums[i] = base[i];
+#pragma unroll
+            for (int k = 0; k < TAPS; ++k) sums[i] = fmaf(taps[k][i], inputs[k][i], sums[i]);
         }
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) store(reinterpret_cast<T_U*>(&of_u) + i, silu(sums[i]));

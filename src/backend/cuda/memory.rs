@@ -9,7 +9,7 @@ use crate::backend::{DType, Largest, Result, ops};
 const CHUNK_ROWS: usize = 32;
 const CHUNKS: usize = 512;
 /// Threads of a block of `column_totals`, 32·WARPS there.
-const TOTALS_THREADS: u32 = 512;
+const TOTALS_THREADS: u32 = 1024;
 /// Threads of a block that goes over a flat space.
 const THREADS: u32 = 512;
 /// Blocks that go over a flat space, at most.

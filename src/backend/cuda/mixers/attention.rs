@@ -44,11 +44,14 @@ const TILES_TO_START: usize = 1;
 /// Bytes of scratch that calls of these sizes take.
 pub(super) fn scratch_bytes(limits: &Limits, largest: &Largest) -> usize {
     let delta = largest.tokens.saturating_mul(largest.heads).saturating_mul(4);
+    let head_dim = largest.query_width / largest.heads.max(1);
+    let sums = wgmma::most_partial_bytes(limits, largest.tokens, largest.kv_heads, head_dim);
+    let backward: usize = padded([delta, sums]).iter().sum();
     let (room, kv_heads) = (limits.multiprocessors * MOST_BLOCKS, largest.kv_heads.max(1));
     // The more segments, the fewer parts: together they fill the card WAVES times at most.
     let parts = largest.segments.saturating_mul(MOST_PARTS).min(WAVES * room / kv_heads);
     let decoded = partial_bytes(QUERIES_DECODED * parts, largest.heads, largest.query_width);
-    delta.max(padded(decoded).iter().sum()).max(wgmma::COUNTER_BYTES)
+    backward.max(padded(decoded).iter().sum()).max(wgmma::COUNTER_BYTES)
 }
 
 /// Bytes of out and of lse of so many rows in all parts, whose out has `width` columns.
@@ -290,7 +293,8 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
     let mut defines = types.to_vec();
     let plain_tiles = PlainTiles::new(c, shape.head_dim, 2, false)?;
     defines.extend([("T_DKV", dk.of()), head_dim, plain_tiles.define()]);
-    let [delta] = c.scratch([4 * q.rows * shape.heads])?;
+    let sums = if on_h100 { wgmma::partial_bytes(c.limits(), k.rows, shape.kv_heads, shape.head_dim) } else { 0 };
+    let [delta, partials] = c.scratch([4 * q.rows * shape.heads, sums])?;
 
     let plain = &source::ATTENTION_BACKWARD;
     let heads = c.int("heads", shape.heads)?;
@@ -307,7 +311,7 @@ fn backward(c: &mut Call, call: &Backward, on_h100: bool) -> Result<()> {
         let by_keys = plain_tiles.blocks(c, shape.kv_heads, tiles)?;
         c.launch((plain, "attention_dkv"), &defines, by_keys, &of_dkv)?;
     } else if on_h100 {
-        wgmma::backward(c, call, delta)?;
+        wgmma::backward(c, call, [delta, partials], &defines)?;
     } else {
         let (source, defines) = (&source::ATTENTION_BACKWARD_MMA, [("T_X", q.of()), head_dim]);
         let kv_heads = c.int("heads", shape.kv_heads)?;

@@ -1,8 +1,8 @@
 //! Attention's launches on an H100: `kernels/attention_wgmma.cu` and `kernels/attention_backward_wgmma.cu`.
 
 use super::{Backward, Forward, along, on_tensor_cores, window};
-use crate::backend::cuda::call::{Call, Place};
-use crate::backend::cuda::driver::{Arguments, Boxes, Pointer, Region, Shape, TensorMap};
+use crate::backend::cuda::call::{Call, Place, each};
+use crate::backend::cuda::driver::{Arguments, Boxes, Limits, Pointer, Region, Shape, TensorMap};
 use crate::backend::cuda::mixers::H100;
 use crate::backend::cuda::source::{self, ModuleKey, Value};
 use crate::backend::{DType, Result};
@@ -33,6 +33,31 @@ fn keys_a_slot(head_dim: usize, paged: bool) -> usize {
 /// Of `attention_backward_wgmma.cu` by the width of a head: KEYS_A_SLOT, KEYS_A_BLOCK and STAGES.
 fn backward_sizes(head_dim: usize) -> (usize, usize, usize) {
     if head_dim == 64 { (80, 192, 6) } else { (64, 128, 4) }
+}
+
+/// The most parts of the queries that see a tile of keys.
+const MOST_QUERY_PARTS: usize = 8;
+
+/// Into how many parts the queries are split for the gradients of keys: as many as let few tiles of keys fill the card.
+fn query_parts(limits: &Limits, keys: usize, kv_heads: usize, head_dim: usize) -> usize {
+    let (_, a_block, _) = backward_sizes(head_dim);
+    (limits.multiprocessors / (keys.div_ceil(a_block) * kv_heads).max(1)).clamp(1, MOST_QUERY_PARTS)
+}
+
+/// Bytes of sums of parts of a call of so many keys.
+pub(super) fn partial_bytes(limits: &Limits, keys: usize, kv_heads: usize, head_dim: usize) -> usize {
+    let parts = query_parts(limits, keys, kv_heads, head_dim);
+    if parts == 1 { 0 } else { parts * 2 * keys * kv_heads * head_dim * 4 }
+}
+
+/// The most such bytes, of however many keys.
+pub(super) fn most_partial_bytes(limits: &Limits, tokens: usize, kv_heads: usize, head_dim: usize) -> usize {
+    if !matches!(head_dim, 64 | 128) || limits.capability != H100 {
+        return 0;
+    }
+    let (_, a_block, _) = backward_sizes(head_dim);
+    let few = tokens.saturating_mul(kv_heads).saturating_mul(MOST_QUERY_PARTS);
+    (limits.multiprocessors * a_block).min(few).saturating_mul(head_dim * 8)
 }
 
 /// The module of the forward kernel.
@@ -126,8 +151,15 @@ pub(super) fn forward(c: &mut Call, call: &Forward) -> Result<()> {
     c.launch((&source::ATTENTION_WGMMA, "attention_wgmma"), &defines, blocks, &arguments)
 }
 
-/// The gradients, once δ is made.
-pub(super) fn backward(c: &mut Call, call: &Backward, delta: Pointer) -> Result<()> {
+/// The gradients, once δ is made, with room for `partial_bytes`.
+///
+/// `plain` are the macros of `attention_backward.cu`, which sums parts.
+pub(super) fn backward(
+    c: &mut Call,
+    call: &Backward,
+    [delta, partials]: [Pointer; 2],
+    plain: &[(&'static str, Value)],
+) -> Result<()> {
     let Backward { shape, q, k, v, segments, dout, dq, dk, dv, .. } = call;
     let (head_dim, group) = (shape.head_dim, call.group());
     let (keys_a_slot, keys_a_block, stages) = backward_sizes(head_dim);
@@ -138,7 +170,9 @@ pub(super) fn backward(c: &mut Call, call: &Backward, delta: Pointer) -> Result<
         call.sizes(c, arguments.tensor_map(&boxes(c, dout, head_dim, group, rows / group)?), delta)
     };
     let of_dq = inputs(ROWS, keys_a_slot)?.place(dq);
-    let of_dkv = inputs(QUERY_ROWS, keys_a_block)?.place(dk).place(dv);
+    let parts = query_parts(c.limits(), k.rows, shape.kv_heads, head_dim);
+    let partials = if parts > 1 { partials } else { 0 };
+    let of_dkv = inputs(QUERY_ROWS, keys_a_block)?.place(dk).place(dv).pointer(partials);
     let kv_heads = c.int("heads", shape.kv_heads)?;
     let query_tiles = along(c, "tiles of queries", q.rows / (ROWS / group) + segments.capacity)?;
     let key_tiles = along(c, "tiles of keys", k.rows / keys_a_block + segments.capacity)?;
@@ -151,6 +185,13 @@ pub(super) fn backward(c: &mut Call, call: &Backward, delta: Pointer) -> Result<
     let by_queries = blocks(query_tiles, ROWS, 2 * ROWS + SLOTS * keys_a_slot, 0);
     c.launch((source, "attention_dq_wgmma"), &defines, by_queries, &of_dq)?;
     let sums = 8 * stages * QUERY_ROWS;
-    let by_keys = blocks(key_tiles, keys_a_block, 2 * (keys_a_block + stages * QUERY_ROWS), sums);
-    c.launch((source, "attention_dkv_wgmma"), &defines, by_keys, &of_dkv)
+    let mut by_keys = blocks(key_tiles, keys_a_block, 2 * (keys_a_block + stages * QUERY_ROWS), sums);
+    by_keys.grid[2] = parts as u32;
+    c.launch((source, "attention_dkv_wgmma"), &defines, by_keys, &of_dkv)?;
+    if parts == 1 {
+        return Ok(());
+    }
+    let arguments = Arguments::new().pointer(partials).int(parts as u32).size(k.rows).int(c.int("columns", dk.cols)?);
+    let arguments = arguments.place(dk).place(dv);
+    c.launch((&source::ATTENTION_BACKWARD, "attention_dkv_sum"), plain, each(2 * k.rows, dk.cols), &arguments)
 }
