@@ -89,27 +89,6 @@ class Scan:
         run.info = k.info
         return run
 
-    def convolved(self, keep=False):
-        """The forward with the convolution that makes u (4 taps, 4 outputs an input): in the same launch, and in one before."""
-        t, ch, c = self.t, self.ch, CTYPE[self.dtype]
-        g = torch.Generator(device=DEV).manual_seed(1)
-        rand = lambda *s: torch.randn(*s, generator=g, device=DEV).to(self.dtype)
-        self.x, self.weight, self.conv_bias = rand(t, ch // 4), rand(ch, 4), rand(ch)
-        self.made = torch.empty_like(self.u)
-        of_conv = dict(TAPS=4, T_X=c, T_W=c)
-        k = kernel("selective_scan16.cu", "selective_scan16", **self.typed("T_U", "T_DELTA", "T_P", "T_OUT"), CUT=0, **of_conv)
-        nothing = [Rows(0, 0), L(0)]
-        shared = 2 * (2 * (8 * 288 + 4 * 1312 + 4 * 640 + 16 * 160) + 6 * 32 * 80) + 7 * 5 * 2 * 32 * 16 * 2
-        a = self.inputs() + nothing + self.parts() + nothing + nothing + [R(self.out), I(self.tiles)]
-        a += [R(self.x), R(self.weight), P(self.conv_bias), I(1), *nothing, I(4), R(self.made) if keep else Rows(0, 0)]
-        joined = lambda: k((-(-self.tiles // 2), self.items), (512,), shared, a)
-        joined.info = k.info
-        rows, blocks = max(1, min(64, t * -(-ch // 8 // 128) // (4 * MULTIPROCESSORS))), -(-ch // 8 // 128)
-        kc = kernel("conv1d.cu", "conv1d", T_OUT=c, REPEAT=4, PACK=2, **of_conv)
-        ac = [R(self.x), R(self.weight), P(self.conv_bias), P(self.table), I(len(self.lengths)), L(t), I(ch // 4), I(16), I(4), I(1), *nothing, R(self.u), I(rows)]
-        scan = self.forward(False)
-        return joined, lambda: (kc((-(-t // rows), blocks), (128,), 0, ac), scan())
-
     def backward(self):
         x = CTYPE[self.dtype]
         defs = {**self.defines, **dict(T_DOUT=x, T_DU=x, T_DDELTA=x, T_DP=x, GROUP=self.held)}
@@ -192,21 +171,8 @@ def scan():
         check(name + "out", s.out, out, tol)
         for g, got, w in zip(("du", "ddelta", "dA", "dprojected", "dD", "dbias"), (s.du, s.ddelta, s.da, s.dp, s.dd, s.dbias), want):
             check(name + g, got, w, tol)
-    for lengths in ([70, 1, 33], [32], [3, 64, 0, 65]):
-        s = Scan(lengths, 8, 2)
-        joined, apart = s.convolved(keep=True)
-        apart()
-        want = s.out.clone()
-        joined()
-        check(f"{lengths} with its convolution, out", s.out, want, 2e-2)
-        check(f"{lengths} with its convolution, u", s.made, s.u, 1e-2)
     if args.emulate:
         return
-    print("selective scan: with the convolution before it, bf16, [16384]: in one launch (with u kept), in two, µs")
-    for heads in (256, 64):
-        s = Scan([16384], heads, heads)
-        (joined, apart), kept = s.convolved(), s.convolved(True)[0]
-        print(f"  {heads} heads {time_us(joined):7.0f} ({time_us(kept):.0f}) {time_us(apart):7.0f}   {joined.info()}", flush=True)
     print("selective scan: times (d_inner 4096, 256 heads of 16, d_state 16; B of 64 groups and of 256)")
     for groups in (64, 256):
         for dtype in (torch.bfloat16, torch.float32):

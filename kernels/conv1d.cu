@@ -5,8 +5,9 @@
 //
 // conv1d: a block takes `block_rows` rows, CONV_ROWS at most, and blockDim units of columns, a thread a unit: PACK neighbouring
 // input channels with REPEAT of the `repeat` output channels that read each. It goes down the rows with the last TAPS inputs in
-// registers, and fills them anew where a segment begins. The state after is conv1d_state.cu's. conv1d_step makes both for
-// segments that are short, as in a step of decoding: a thread a segment and input channel, with all outputs that read it.
+// registers, and fills them anew where a segment begins. conv1d_state: a thread a segment and input channel, launched
+// afterwards, so that the state may lie where it lay before. conv1d_step does the work of both for a step of decoding, whose
+// segments are short: a thread a segment and input channel, with all output channels that read it.
 //
 // Macros: T_X, T_W, T_OUT, TAPS; REPEAT, which divides `repeat`; PACK, which divides `head` and what rows of x and of out are
 // aligned to. Source: Dao-AILab/causal-conv1d; the repeat: jxiw/M1.
@@ -86,6 +87,22 @@ extern "C" __global__ void conv1d(Rows<const T_X> x, Rows<const T_W> weight, con
                 }
             }
         }
+    }
+}
+
+extern "C" __global__ void conv1d_state(Rows<const T_X> x, const Segment* segments, long long tokens, int channels_in,
+                                        Rows<const float> state_in, long long slots_in, Rows<float> state_out,
+                                        long long slots_out) {
+    after_earlier();
+    Segment segment = segments[blockIdx.x];
+    if (segment.len == 0 || !segment.lies_in(tokens) || segment.slot >= slots_out) return;
+    for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < channels_in; c += gridDim.y * blockDim.x) {
+        float last[TAPS];
+        long long end = (long long)segment.start + segment.len;
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) last[k] = past_input(x, state_in, slots_in, segment, end - TAPS + k, c);
+#pragma unroll
+        for (int k = 0; k < TAPS; ++k) state_out.row(segment.slot)[(long long)c * TAPS + k] = last[k];
     }
 }
 

@@ -2,11 +2,6 @@
 #pragma once
 #include "rows_of.cuh"
 
-// What a kernel that takes the convolution over reads for it, as parameters. conv_bias and inputs_in may be null.
-#define CONV_INPUTS                                                                                                  \
-    Rows<const T_X> x, Rows<const T_W> weight, const T_W *conv_bias, int repeat_first, Rows<const float> inputs_in,  \
-        long long inputs_slots
-
 // Rows that a block takes.
 #define CONV_ROWS 64
 // Rows whose values a thread loads at once.

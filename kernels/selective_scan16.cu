@@ -7,21 +7,9 @@
 // the states and the C of eight tokens their sums y, of which each token needs its own. dt·u counts there as a sum of two
 // values of 11 bits, B and C exactly, the states are cut off after 11 bits for y; sums are f32.
 //
-// Where TAPS is given the values copied in u's place are x, from heads of TILE channels, of which the preparing threads make u
-// as the convolution (conv1d.cu) does; it is kept where there is a `made` for it.
-//
-// Shared memory: scan16_bytes in mixers/scan.rs, 150 KiB. Macros: those of scan16.cuh, T_OUT; of the convolution TAPS, T_X (as
-// T_U), T_W, with CUT 0. Source: Gu and Dao, arXiv:2312.00752.
+// Shared memory: scan16_bytes in mixers/scan.rs, 150 KiB. Macros: those of scan16.cuh, T_OUT.
+// Source: Gu and Dao, arXiv:2312.00752.
 #include "scan16.cuh"
-
-#ifdef TAPS
-#include "conv1d.cuh"
-#define OF_CONV , CONV_INPUTS, int repeat, Rows<T_U> made
-#define CONVOLVES true
-#else
-#define OF_CONV
-#define CONVOLVES false
-#endif
 
 // Threads of a tile that step, and the states that each has of a channel.
 #define STEPPING (2 * THREADS)
@@ -67,7 +55,7 @@ enum { OF_U, OF_DELTA, OF_Z, OF_B_VALUES, OF_C_VALUES, KINDS };
 
 extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     selective_scan16(SCAN_INPUTS, SCAN_PARTS, Rows<float> state_out, long long slots_out, Rows<float> saved,
-                     long long saved_rows, Rows<T_OUT> out, int tiles OF_CONV) {
+                     long long saved_rows, Rows<T_OUT> out, int tiles) {
     H1_DYNAMIC_SHARED(shared);
     Part part(segments, count, part_tokens, tokens, blockIdx.y);
     Segment segment = part.segment;
@@ -198,12 +186,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     bool odd = role.thread >= COPYING;
     long long first = segment.start + of_token;
     int of_channels = tile.channel + from_value;
-#ifdef TAPS
-    Moving<const Half> of_u = halves(x, first, tile.channel / (TILE * repeat) * TILE + from_value, STEPS);
-#else
-    Moving<const Half> of_u = halves(u, first, of_channels, STEPS);
-#endif
-    Moving<const Half> sources[3] = {odd ? halves(delta, first, of_channels, STEPS) : of_u,
+    Moving<const Half> sources[3] = {odd ? halves(delta, first, of_channels, STEPS) : halves(u, first, of_channels, STEPS),
                                      odd ? halves(b, first, tile.b + from_value, STEPS) : halves(z, first, of_channels, STEPS),
                                      halves(c, first, tile.c + from_value, STEPS)};
     unsigned char* raw = shared + TILES * A_TILE + role.tile * (A_KIND / TILES);
@@ -221,59 +204,11 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     auto values_of = [&](int chunk, int kind) {
         return raw + (chunk % CHUNKS_HELD * KINDS + kind) * A_KIND + role.thread * SHARE * 2;
     };
-#ifdef TAPS
-    Moving<T_U> made_at(made, segment.start + t, channel, STEPS);
-    int from = tile.channel / (TILE * repeat) * TILE + first_own;
-    float taps[TAPS][SHARE], base[SHARE];
-#pragma unroll
-    for (int i = 0; i < SHARE; ++i) {
-        int filter = (repeat_first ? channel : from) + i;
-        base[i] = conv_bias ? load(conv_bias + filter) : 0.0f;
-#pragma unroll
-        for (int k = 0; k < TAPS; ++k) taps[k][i] = load(weight.row(filter) + k);
-    }
-#endif
-    auto make_u = [&](int chunk) {
+    auto prepare = [&](int chunk) {
         Raw<T_U, SHARE> of_u;
-#ifdef TAPS
-        float sums[SHARE], inputs[TAPS][SHARE];
-        if (chunk > 0 || t >= TAPS - 1) {
-            unsigned char *now = values_of(chunk, OF_U), *before = values_of(chunk + CHUNKS_HELD - 1, OF_U) + STEPS * TILE * 2;
-#pragma unroll
-            for (int k = 0; k < TAPS; ++k) {
-                int back = TAPS - 1 - k;
-                Raw<T_U, SHARE> values;
-                values.load_from((t < back ? before : now) - back * TILE * 2);
-#pragma unroll
-                for (int i = 0; i < SHARE; ++i) inputs[k][i] = values[i];
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < TAPS; ++k)
-#pragma unroll
-                for (int i = 0; i < SHARE; ++i) {
-                    long long row = (long long)segment.start + t - (TAPS - 1 - k);
-                    inputs[k][i] = past_input(x, inputs_in, inputs_slots, segment, row, from + i);
-                }
-        }
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) {
-            sums[i] = base[i];
-#pragma unroll
-            for (int k = 0; k < TAPS; ++k) sums[i] = fmaf(taps[k][i], inputs[k][i], sums[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < SHARE; ++i) store(reinterpret_cast<T_U*>(&of_u) + i, silu(sums[i]));
-        if (made.data && there && chunk * STEPS + t < len)
-            *reinterpret_cast<Raw<T_U, SHARE>*>(made_at[chunk]) = of_u;
-#else
-        of_u.load_from(values_of(chunk, OF_U));
-#endif
-        return of_u;
-    };
-    auto prepare = [&](int chunk, const Raw<T_U, SHARE>& of_u) {
         Raw<T_DELTA, SHARE> of_delta;
         Raw<T_P, SHARE> of_b, of_c;
+        of_u.load_from(values_of(chunk, OF_U));
         of_delta.load_from(values_of(chunk, OF_DELTA));
         of_b.load_from(values_of(chunk, OF_B_VALUES));
         of_c.load_from(values_of(chunk, OF_C_VALUES));
@@ -298,8 +233,10 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
 #pragma unroll
         for (int k = 0; k < SHARE; k += 4) at<4>(cs + k * 4) = {of_c[k], of_c[k + 1], of_c[k + 2], of_c[k + 3]};
     };
-    auto finish = [&](int chunk, const Raw<T_U, SHARE>& of_u) {
+    auto finish = [&](int chunk) {
+        Raw<T_U, SHARE> of_u;
         Raw<T_P, SHARE> of_z;
+        of_u.load_from(values_of(chunk, OF_U));
         of_z.load_from(values_of(chunk, OF_Z));
         unsigned char* sums = memory + SUMS + chunk % 3 * 2 * A_SUM + row_of(t) + first_own * 4;
         float y[SHARE];
@@ -315,20 +252,12 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     for (int i = 0; i < COMING; ++i) fetch(i);
     wait_copies<COMING - 1>();
     __syncthreads();
-    // What was made of u for the chunks that are not finished, the last one first.
-    Raw<T_U, SHARE> held[3] = {};
-    auto u_of = [&](int chunk) { return CONVOLVES ? held[2] : make_u(chunk); };
     for (int chunk = 0; chunk < chunks + 2; ++chunk) {
-        if (chunk > 2) finish(chunk - 3, u_of(chunk - 3));
-        held[2] = held[1];
-        held[1] = held[0];
-        if (chunk < chunks) {
-            held[0] = make_u(chunk);
-            prepare(chunk, held[0]);
-        }
+        if (chunk > 2) finish(chunk - 3);
+        if (chunk < chunks) prepare(chunk);
         fetch(chunk + COMING);
         wait_copies<COMING - 1>();
         __syncthreads();
     }
-    finish(chunks - 1, u_of(chunks - 1));
+    finish(chunks - 1);
 }

@@ -15,7 +15,9 @@
 #ifdef TAPS
 #include "conv1d.cuh"
 // `made` is where u is kept, if it is.
-#define OF_CONV , CONV_INPUTS, Rows<float> inputs_out, long long inputs_slots_out, Rows<T_U> made
+#define OF_CONV                                                                                                       \
+    , Rows<const T_X> x, Rows<const T_W> weight, const T_W *conv_bias, int repeat_first, Rows<const float> inputs_in, \
+        long long inputs_slots, Rows<float> inputs_out, long long inputs_slots_out, Rows<T_U> made
 #define TAPS_OF_LANE ((TAPS + LANES - 1) / LANES)
 #else
 #define OF_CONV

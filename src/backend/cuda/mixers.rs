@@ -42,12 +42,7 @@ pub(super) fn variants(capability: (u32, u32)) -> Vec<ModuleKey> {
                 all.push(alike(&source::CONV1D, &["T_X", "T_OUT"], of, &unit));
             }
             all.push(alike(&source::CONV1D_BACKWARD, &["T_X", "T_DOUT", "T_DX"], of, &more));
-            let more = [("CUT", Value::Number(0)), ("TAPS", Value::Number(4)), ("T_W", weight)];
-            if of != types[0] {
-                all.push(alike(&source::SELECTIVE_SCAN16, &["T_U", "T_DELTA", "T_P", "T_OUT", "T_X"], of, &more));
-            }
         }
-        all.push(alike(&source::CONV1D_STATE, &["T_X"], of, &[("TAPS", Value::Number(4))]));
         for [forward, backward] in scan::layouts() {
             all.push(alike(&source::SELECTIVE_SCAN, &["T_U", "T_DELTA", "T_P", "T_OUT"], of, &forward));
             let names = ["T_U", "T_DELTA", "T_P", "T_DOUT", "T_DU", "T_DDELTA", "T_DP"];

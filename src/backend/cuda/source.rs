@@ -67,7 +67,6 @@ sources! {
     MEMORY: "memory.cu";
     OPTIMISER: "optimiser.cu";
     CONV1D: "conv1d.cu";
-    CONV1D_STATE: "conv1d_state.cu";
     CONV1D_BACKWARD: "conv1d_backward.cu";
     SELECTIVE_SCAN: "selective_scan.cu";
     SELECTIVE_SCAN_BACKWARD: "selective_scan_backward.cu";

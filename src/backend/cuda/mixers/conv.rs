@@ -5,8 +5,6 @@ use crate::backend::cuda::driver::{Arguments, Shape};
 use crate::backend::cuda::source::{self, Value};
 use crate::backend::{Largest, Result, ops};
 
-/// The most taps of a convolution that a scan takes over: as many as models have, for its kernels to hold them in registers.
-const MOST_TAPS: usize = 4;
 /// The most rows that a block takes, CONV_ROWS of the kernels.
 const ROWS: usize = 64;
 /// Threads of a block, and blocks a multiprocessor.
@@ -60,52 +58,22 @@ impl Forward {
         })
     }
 
-    /// Input channels of a head.
-    pub(super) fn head(&self) -> usize {
-        self.shape.head
-    }
-
     /// Output channels of a head.
     pub(super) fn a_head(&self) -> usize {
         self.shape.head * self.shape.repeat
     }
 
-    /// Whether tiles of so many channels each take one head, values of 16 bits stored as u, from rows that are copied 16 bytes
-    /// at a time.
-    pub(super) fn in_tiles(&self, tile: usize) -> bool {
-        let rows = self.x.dtype == self.out.dtype && self.x.alignment() >= 16 && self.out.alignment() >= 16;
-        rows && self.shape.head == tile && self.shape.width <= MOST_TAPS
+    /// The macros of `selective_scan_step.cu`.
+    pub(super) fn step_defines(&self) -> [(&'static str, Value); 4] {
+        let [taps, head] = [self.shape.width, self.shape.head].map(|number| Value::Number(number as u32));
+        [("TAPS", taps), ("HEAD", head), ("T_X", self.x.of()), ("T_W", self.weight.of())]
     }
 
-    /// The macros of kernels that take it over.
-    pub(super) fn defines(&self) -> [(&'static str, Value); 3] {
-        [("TAPS", Value::Number(self.shape.width as u32)), ("T_X", self.x.of()), ("T_W", self.weight.of())]
-    }
-
-    /// Their parameters CONV_INPUTS.
-    fn arguments(&self, arguments: Arguments) -> Arguments {
-        let arguments = arguments.place(&self.x).place(&self.weight).maybe(self.bias);
-        arguments.int(self.shape.repeat_first.into()).maybe_rows(self.state_in)
-    }
-
-    /// The parameters OF_CONV of `selective_scan_step.cu`, with u written if it is kept.
+    /// Its parameters OF_CONV, with u written if it is kept.
     pub(super) fn step_arguments(&self, arguments: Arguments, keeps: bool) -> Arguments {
-        self.arguments(arguments).maybe_rows(self.state_out).maybe_place(keeps.then_some(self.out))
-    }
-
-    /// The parameters OF_CONV of `selective_scan16.cu`.
-    pub(super) fn in_tiles_arguments(&self, arguments: Arguments, keeps: bool) -> Arguments {
-        self.arguments(arguments).int(self.shape.repeat as u32).maybe_place(keeps.then_some(self.out))
-    }
-
-    /// The state after the segments, where there is a place for it.
-    pub(super) fn keep_state(&self, c: &mut Call) -> Result<()> {
-        let Some(state_out) = self.state_out else { return Ok(()) };
-        let channels_in = c.int("channels", self.shape.channels_in)?;
-        let arguments = Arguments::new().place(&self.x).pointer(self.segments.table).size(self.x.rows).int(channels_in);
-        let arguments = arguments.maybe_rows(self.state_in).place(&state_out).size(state_out.rows);
-        let by_inputs = each(self.segments.capacity, self.shape.channels_in);
-        c.launch((&source::CONV1D_STATE, "conv1d_state"), &self.defines()[..2], by_inputs, &arguments)
+        let arguments = arguments.place(&self.x).place(&self.weight).maybe(self.bias);
+        let arguments = arguments.int(self.shape.repeat_first.into());
+        arguments.maybe_rows(self.state_in).maybe_rows(self.state_out).maybe_place(keeps.then_some(self.out))
     }
 }
 
@@ -143,7 +111,10 @@ pub(super) fn launch(c: &mut Call, forward: &Forward) -> Result<()> {
     let by_columns = Shape { grid, block: [THREADS as u32, 1, 1], shared_bytes: 0 };
     c.launch((&source::CONV1D, "conv1d"), &defines, by_columns, &arguments)?;
 
-    forward.keep_state(c)
+    let Some(state_out) = state_out else { return Ok(()) };
+    let arguments = Arguments::new().place(&x).pointer(segments.table).size(x.rows).int(channels_in);
+    let arguments = arguments.maybe_place(state_in).size(slots).place(&state_out).size(state_out.rows);
+    c.launch((&source::CONV1D, "conv1d_state"), &defines, each(segments.capacity, shape.channels_in), &arguments)
 }
 
 pub(in crate::backend::cuda) fn conv1d_backward(c: &mut Call, op: &ops::Conv1dBackward) -> Result<()> {

@@ -295,17 +295,14 @@ fn step(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>, t
     let shape = Shape { grid, block: [threads as u32, 1, 1], shared_bytes: 0 };
     let mut arguments = inputs.arguments(inputs.state).maybe_rows(state_out).place(&out).int(channels as u32);
     if let Some((conv, keeps)) = conv {
-        defines.extend(conv.defines());
-        defines.push(("HEAD", Tiles::number(conv.head())));
+        defines.extend(conv.step_defines());
         arguments = conv.step_arguments(arguments, keeps);
     }
     c.launch((&source::SELECTIVE_SCAN_STEP, "selective_scan_step"), &defines, shape, &arguments)
 }
 
-pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
-    if is_step(op) { step(c, op, None, STEP_THREADS) } else { forward(c, op, None) }
-}
-
+/// The convolution, and the scan of what it makes: in one launch where segments are of few tokens. In one of many, what the
+/// preparing threads of `selective_scan16.cu` had to do more took longer than the bytes of u do.
 pub(in crate::backend::cuda) fn conv_scan(c: &mut Call, op: &ops::ConvScan) -> Result<()> {
     let conv = Forward::new(c, &op.conv)?;
     if is_step(&op.scan)
@@ -313,11 +310,14 @@ pub(in crate::backend::cuda) fn conv_scan(c: &mut Call, op: &ops::ConvScan) -> R
     {
         return step(c, &op.scan, Some((&conv, op.keeps)), threads);
     }
-    forward(c, &op.scan, Some((&conv, op.keeps)))
+    conv::launch(c, &conv)?;
+    selective_scan(c, &op.scan)
 }
 
-/// Forward of any segments; perhaps with the convolution before, and whether u is kept.
-fn forward(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>) -> Result<()> {
+pub(in crate::backend::cuda) fn selective_scan(c: &mut Call, op: &ops::SelectiveScan) -> Result<()> {
+    if is_step(op) {
+        return step(c, op, None, STEP_THREADS);
+    }
     let inputs = Inputs::new(c, &op.inputs)?;
     let (state_out, saved) = (c.maybe_f32("state_out", op.state_out)?, c.maybe_f32("saved", op.saved)?);
     let out = c.floats("out", op.out)?;
@@ -326,11 +326,6 @@ fn forward(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>
     let of_16: Vec<Place> = places.iter().copied().chain(saved).collect();
     let in_sixteens = inputs.in_sixteens(c, &op.inputs, &of_16, &out, scan16_bytes());
     let parts = inputs.cut(c, in_sixteens);
-    let joined = conv.filter(|(conv, _)| in_sixteens && parts.tokens.is_none() && conv.in_tiles(TILE16));
-    match (conv, joined) {
-        (Some((conv, _)), None) => conv::launch(c, conv)?,
-        _ => {}
-    }
     let mut state = inputs.state;
     if parts.tokens.is_some() {
         let room = c.scratch(parts.bytes(inputs.channels, inputs.tiles.d_state))?;
@@ -340,15 +335,10 @@ fn forward(c: &mut Call, op: &ops::SelectiveScan, conv: Option<(&Forward, bool)>
     let arguments = parts.arguments(inputs.arguments(state)).maybe_rows(state_out).maybe_rows(saved).place(&out);
     if in_sixteens {
         let [of_u, of_delta, of_p, ..] = inputs.defines(true);
-        let mut arguments = arguments.int(inputs.tiles.count as u32);
+        let arguments = arguments.int(inputs.tiles.count as u32);
         let shape = inputs.shape16(&parts, 512, scan16_bytes());
-        let mut defines = vec![of_u, of_delta, of_p, ("T_OUT", out.of()), parts.define()];
-        if let Some((conv, keeps)) = joined {
-            defines.extend(conv.defines());
-            arguments = conv.in_tiles_arguments(arguments, keeps);
-        }
-        c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments)?;
-        return joined.map_or(Ok(()), |(conv, _)| conv.keep_state(c));
+        let defines = [of_u, of_delta, of_p, ("T_OUT", out.of()), parts.define()];
+        return c.launch((&source::SELECTIVE_SCAN16, "selective_scan16"), &defines, shape, &arguments);
     }
     let projected = inputs.projected.dtype.size();
     let row = inputs.u.dtype.size() + inputs.delta.dtype.size() + projected;
