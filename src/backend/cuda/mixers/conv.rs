@@ -38,7 +38,7 @@ pub(super) struct Forward {
     segments: SegmentsPlace,
     state_in: Option<Place>,
     state_out: Option<Place>,
-    pub(super) out: Place,
+    out: Place,
 }
 
 impl Forward {

@@ -195,3 +195,26 @@ pub(super) fn backward(
     let arguments = arguments.place(dk).place(dv);
     c.launch((&source::ATTENTION_BACKWARD, "attention_dkv_sum"), plain, each(2 * k.rows, dk.cols), &arguments)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// However many keys a call has, up to its tokens, sums of parts fit into what is reserved.
+        #[test]
+        fn sums_of_parts_fit_into_the_scratch(
+            (multiprocessors, kv_heads, head_dim) in (1usize..200, 1usize..17, prop_oneof![Just(64usize), Just(128)]),
+            (keys, more) in (1usize..40_000, 0usize..1000),
+        ) {
+            let (name, shared_bytes) = (String::new(), 0);
+            let limits =
+                Limits { name, capability: H100, multiprocessors, shared_bytes, memory_bytes: 0, launch_ns: 0 };
+            let taken = partial_bytes(&limits, keys, kv_heads, head_dim);
+            let reserved = most_partial_bytes(&limits, keys + more, kv_heads, head_dim);
+            prop_assert!(taken <= reserved, "{taken} of {reserved} bytes");
+        }
+    }
+}
