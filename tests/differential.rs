@@ -239,13 +239,13 @@ fn matrices_over_the_limits_of_bindings_and_buffers_are_split_on_wgpu() {
     // A binding shows a few rows of a matrix; of a mixer's, one head or channel of all rows.
     let (Some(rows), Some(columns)) = (split(8 << 10, 12 << 10), split(60_000, 70_000)) else { return };
     let (Some(channels), Some(long)) = (split(24_000, 30_000), split(300_000, 350_000)) else { return };
-    let mixers = ["attention", "conv1d", "selective_scan"];
+    let mixers = ["attention", "conv1d", "selective_scan", "conv_scan"];
     let mut failures = Vec::new();
     for case in cases::CASES {
         let mixer = mixers.iter().any(|name| case.name.starts_with(name));
         let ((split, split_counters), seeds) = match mixer {
             true if case.name.starts_with("conv1d") => (&channels, 40),
-            true if case.name.ends_with("of a long sequence") => (&long, 8),
+            true if case.name.contains("of a long sequence") => (&long, 8),
             true => (&columns, 40),
             false => (&rows, 16),
         };
