@@ -405,7 +405,7 @@ impl Trial {
         Ok((segments, count + spare))
     }
 
-    /// A step of decoding of `slots` sequences: a token of each as a rule, tokens before it as a rule.
+    /// A step of decoding: a token of each sequence as a rule, and as a rule with tokens before it.
     pub fn step(&mut self) -> Result<(Segments, usize)> {
         let (count, spare) = (self.one_of(&[1, 1, 2, 3, 5]), self.one_of(&[0, 2]));
         let slots = self.permutation(count + spare);
