@@ -94,7 +94,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
 #pragma unroll
         for (int h = 0; h < HELD; ++h) finish(values[h], slopes[h], column(h));
         for (int h = HELD; column(h) < hidden; ++h) {
-            float counted[8];
+            // Added to dweight already.
+            float counted[8] = {};
             take(values[0], slopes[0], counted, column(h));
             finish(values[0], slopes[0], column(h));
         }

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use h1::backend::cpu::{self, simd::Simd};
 use h1::backend::cuda::{self, emulated};
-use h1::backend::ops::{Linear, RmsNorm, Swiglu};
+use h1::backend::ops::{
+    Conv1d, ConvScan, ConvShape, Linear, LinearSwiglu, PageWrite, RmsNorm, Rope, RopePageWrite, ScanInputs,
+    SelectiveScan, Swiglu,
+};
 use h1::backend::{
     DType, Device, Error, HostSlice, Largest, Order, Out, Segments, View, cases, padded_rows, reference::Reference,
     wgpu,
@@ -73,6 +76,78 @@ fn an_output_that_overlaps_an_argument_is_an_error(device: &Device) {
     let (up, out) = (both.rows(4).unwrap(), both.view().row_range(4, 4).unwrap());
     let swiglu = device.swiglu(&Swiglu { gate: gate.view(), up, out });
     assert_eq!(swiglu.unwrap_err().to_string(), "swiglu: the output out overlaps up");
+}
+
+/// Ops of two: what the second reads must be what the first writes, and nothing that it changes besides.
+#[test]
+fn ops_that_do_not_follow_each_other_are_errors() {
+    let device = Device::new(Reference::new());
+    let matrix = |rows, cols| device.alloc(DType::F32, rows, cols).unwrap();
+    let (x, other, weight, gated) = (matrix(2, 24), matrix(2, 24), matrix(1, 32 * 24), matrix(2, 8));
+    let columns = |first, cols| x.view().col_range(first, cols).unwrap();
+
+    let weight = weight.view().matrix(0, 24, 24, Order::Weight).unwrap();
+    let linear = Linear { x: other.view(), weight, bias: None, out: Out::assign(x.view()) };
+    let swiglu = Swiglu { gate: columns(0, 8), up: columns(8, 8), out: gated.view() };
+    let gate = |linear, swiglu| device.linear_swiglu(&LinearSwiglu { linear, swiglu, keeps: false });
+
+    let mut buffer = device.alloc_segments(1, 2).unwrap();
+    let mut sequence = Segments::default();
+    sequence.push(2, 0, 0).unwrap();
+    let segments = buffer.write(&device, &sequence).unwrap();
+    let (inv_freq, pages) = (matrix(1, 4), device.alloc(DType::U32, 1, 1).unwrap());
+    let all = [matrix(2, 8), matrix(2, 8)];
+    let rotate = |keys, values| {
+        let (inv_freq, positions) = (inv_freq.view(), segments.positions);
+        let rope = Rope { x: columns(0, 16), head_dim: 8, positions, inv_freq, inverse: false };
+        let out = [all[0].view(), all[1].view()];
+        let write = PageWrite { rows: [keys, values], segments, pages: pages.view(), page_size: 2, out };
+        device.rope_page_write(&RopePageWrite { rope, write })
+    };
+
+    let [u, not_u, delta, out] = [(); 4].map(|()| matrix(2, 1));
+    let (projected, one) = (matrix(2, 3), matrix(1, 1));
+    let convolve = |scanned: View| {
+        let shape = ConvShape { channels_in: 1, head: 1, repeat: 1, width: 1, repeat_first: true };
+        let (projected, weight, out_of_conv) = (projected.view(), one.view(), u.view());
+        let (bias, state_in, state_out) = (None, None, None);
+        let conv = Conv1d { shape, projected, x_col: 2, weight, bias, segments, state_in, state_out, out: out_of_conv };
+        let inputs = ScanInputs {
+            u: scanned,
+            delta: delta.view(),
+            a: weight,
+            projected,
+            b_col: 0,
+            c_col: 1,
+            z_col: None,
+            groups_b: 1,
+            groups_c: 1,
+            d: None,
+            delta_bias: None,
+            softplus: true,
+            segments,
+            state_in: None,
+        };
+        let scan = SelectiveScan { inputs, state_out: None, saved: None, out: out.view() };
+        device.conv_scan(&ConvScan { conv, scan, keeps: false })
+    };
+
+    gate(linear, swiglu).unwrap();
+    rotate(columns(8, 8), columns(16, 8)).unwrap();
+    convolve(u.view()).unwrap();
+    let elsewhere = Swiglu { up: other.view().col_range(0, 8).unwrap(), ..swiglu };
+    let wrong = [
+        (gate(linear, elsewhere), "gate and up are no columns"),
+        (gate(Linear { out: Out::add(x.view()), ..linear }, swiglu), "a product that replaces"),
+        (rotate(columns(0, 8), columns(16, 8)), "not the last heads"),
+        (rotate(columns(8, 8), columns(4, 8)), "neither behind what is rotated"),
+        (convolve(not_u.view()), "u is not what the convolution writes"),
+    ];
+    let said = |(result, words): &(Result<(), Error>, &str)| {
+        result.as_ref().is_err_and(|error| error.to_string().contains(words))
+    };
+    let accepted: Vec<_> = wrong.iter().filter(|case| !said(case)).collect();
+    assert!(accepted.is_empty(), "{accepted:?}");
 }
 
 fn memory_that_is_not_there_is_an_error(device: &Device) {

@@ -90,7 +90,7 @@ pub(super) fn attend(
 ) -> Result<()> {
     let (device, n, segments) = (call.device, call.tokens, call.segments);
     let projections = [(ids.q, ids.q_bias), (ids.k, ids.k_bias), (ids.v, ids.v_bias)];
-    project_side_by_side(call, weights, x, projections, saved.qkv.of(n)?)?;
+    project_side_by_side(call, weights, x, projections, saved.qkv.of(n)?, None)?;
     let [q, k, v] = saved.qkv(config, n)?;
     // Queries and keys lie side by side, heads all.
     let rope = rotation(call, config, inv_freq, saved.qkv.of(n)?.col_range(0, q.cols + k.cols)?, false);

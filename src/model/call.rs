@@ -2,7 +2,7 @@
 
 use super::cache::Cache;
 use super::parameters::{ParameterId, Space};
-use crate::backend::ops::{Linear, LinearBackwardWeight};
+use crate::backend::ops::{Linear, LinearBackwardWeight, LinearSwiglu, Swiglu};
 use crate::backend::{Device, Out, Result, SegmentsView, View};
 
 /// A part of a block that a call leaves out, as leave-one-out importance does.
@@ -41,38 +41,35 @@ pub(super) fn matrix_gradient(
     call.device.linear_backward_weight(&LinearBackwardWeight { x, dout, dweight, dbias })
 }
 
-/// Projections of one input, each a weight and perhaps a bias, side by side into `out`, as the single product that they are
-/// where their parameters lie one after the other.
-pub(super) fn joined_projection<const N: usize>(
-    weights: &Space,
-    x: View,
-    parts: [(ParameterId, Option<ParameterId>); N],
-    out: View,
-) -> Result<Option<Linear>> {
-    let biased = parts.iter().all(|(_, bias)| bias.is_some());
-    let weight = weights.joined(parts.map(|(weight, _)| weight))?;
-    let bias = if biased { weights.joined(parts.map(|(weight, bias)| bias.unwrap_or(weight)))? } else { None };
-    let whole = bias.is_some() || parts.iter().all(|(_, bias)| bias.is_none());
-    Ok(weight.filter(|_| whole).map(|weight| Linear { x, weight, bias, out: Out::assign(out) }))
-}
-
-/// Projections of one input side by side into `out`: a single product where they are one.
+/// Projections of one input, each a weight and perhaps a bias, side by side into `out`, and perhaps their gated activation, with
+/// whether they themselves are kept: a single op where their parameters lie one after the other.
 pub(super) fn project_side_by_side<const N: usize>(
     call: &Call,
     weights: &Space,
     x: View,
     parts: [(ParameterId, Option<ParameterId>); N],
     out: View,
+    activation: Option<(Swiglu, bool)>,
 ) -> Result<()> {
-    if let Some(linear) = joined_projection(weights, x, parts, out)? {
-        return call.device.linear(&linear);
+    let device = call.device;
+    let biased = parts.iter().all(|(_, bias)| bias.is_some());
+    let weight = weights.joined(parts.map(|(weight, _)| weight))?;
+    let bias = if biased { weights.joined(parts.map(|(weight, bias)| bias.unwrap_or(weight)))? } else { None };
+    if let Some(weight) = weight
+        && (bias.is_some() || parts.iter().all(|(_, bias)| bias.is_none()))
+    {
+        let linear = Linear { x, weight, bias, out: Out::assign(out) };
+        return match activation {
+            Some((swiglu, keeps)) => device.linear_swiglu(&LinearSwiglu { linear, swiglu, keeps }),
+            None => device.linear(&linear),
+        };
     }
     let mut first = 0;
     for (weight, bias) in parts {
         let (weight, bias) = (weights.view(weight)?, bias.map(|bias| weights.view(bias)).transpose()?);
         let out = Out::assign(out.col_range(first, weight.rows)?);
-        call.device.linear(&Linear { x, weight, bias, out })?;
+        device.linear(&Linear { x, weight, bias, out })?;
         first += weight.rows;
     }
-    Ok(())
+    activation.map_or(Ok(()), |(swiglu, _)| device.swiglu(&swiglu))
 }

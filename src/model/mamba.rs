@@ -197,7 +197,7 @@ pub(super) fn scan(
     let (projected, low) = (saved.zxbc(mamba, n)?, saved.low(mamba, n)?);
     let both = saved.projected.of(n)?.col_range(0, projected.cols + low.cols)?;
     let parts = [(ids.in_proj, ids.in_proj_bias), (ids.dt_in_proj, ids.dt_in_proj_bias)];
-    project_side_by_side(call, weights, x, parts, both)?;
+    project_side_by_side(call, weights, x, parts, both, None)?;
     let (weight, bias) = (weights.view(ids.dt_proj)?, maybe(weights, ids.dt_bias)?);
     device.linear(&Linear { x: low, weight, bias, out: Out::assign(saved.delta.of(n)?) })?;
     let (conv_state, ssm_state, a) = match call.cache.map(|cache| cache.layer(layer)) {

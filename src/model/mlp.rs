@@ -1,11 +1,11 @@
 //! The gated MLP: `down(silu(gate x) ⊙ (up x))`.
 
 use super::block::Room;
-use super::call::{Call, joined_projection, matrix_gradient, project_side_by_side};
+use super::call::{Call, matrix_gradient, project_side_by_side};
 use super::config::ModelConfig;
 use super::scratch::Rows;
 use super::weights::{Gradients, MlpIds};
-use crate::backend::ops::{Linear, LinearBackwardInput, LinearSwiglu, Swiglu, SwigluBackward};
+use crate::backend::ops::{Linear, LinearBackwardInput, Swiglu, SwigluBackward};
 use crate::backend::{DType, Device, Out, Result, View};
 use crate::model::parameters::Space;
 
@@ -53,15 +53,9 @@ impl MlpScratch {
 /// Everything up to the activation: what a recomputation needs.
 pub(super) fn activate(call: &Call, weights: &Space, ids: &MlpIds, x: View, saved: &MlpSaved) -> Result<()> {
     let n = call.tokens;
-    let (parts, both, [gate, up]) = ([(ids.gate, None), (ids.up, None)], saved.gate_up.of(n)?, saved.gate_up(n)?);
-    let swiglu = Swiglu { gate, up, out: saved.activated.of(n)? };
-    match joined_projection(weights, x, parts, both)? {
-        Some(linear) => call.device.linear_swiglu(&LinearSwiglu { linear, swiglu, keeps: saved.keeps }),
-        None => {
-            project_side_by_side(call, weights, x, parts, both)?;
-            call.device.swiglu(&swiglu)
-        }
-    }
+    let ([gate, up], out) = (saved.gate_up(n)?, saved.activated.of(n)?);
+    let (parts, activation) = ([(ids.gate, None), (ids.up, None)], (Swiglu { gate, up, out }, saved.keeps));
+    project_side_by_side(call, weights, x, parts, saved.gate_up.of(n)?, Some(activation))
 }
 
 /// Adds the MLP's output for the activation in `saved` to `out`.
