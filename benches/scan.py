@@ -75,7 +75,7 @@ class Scan:
             saved = [R(self.saved), L(self.rows)] if save else [Rows(0, 0), L(0)]
             a = self.inputs() + enters + self.parts() + [Rows(0, 0), L(0)] + saved + [R(self.out), I(self.tiles)]
             half = 8 * 288 + 4 * 1312 + 4 * 640 + 16 * 160
-            scan16_bytes = 2 * (2 * half + 6 * 32 * 80) + 7 * 5 * 2 * 32 * 16 * 2
+            scan16_bytes = 2 * (2 * half + 8 * 32 * 80) + 8 * 5 * 2 * 32 * 16 * 2
             run = lambda: (before(), k((-(-self.tiles // 2), self.items), (512,), scan16_bytes, a))
             run.info = k.info
             return run

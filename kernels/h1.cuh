@@ -111,7 +111,7 @@ H1_DEVICE void put(T* to, float value, bool add) {
 }
 
 // 1 / (1 + exp(−x)), to a few units in the last place for x that are not far below 0.
-H1_DEVICE float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
+H1_DEVICE float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * x)); }
 H1_DEVICE float silu(float x) { return x * sigmoid(x); }
 
 // The sum over a warp, in every lane.

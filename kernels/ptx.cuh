@@ -62,6 +62,17 @@ H1_DEVICE float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x to a unit in the last place, where neither is below 2^−126; what is, counts as 0.
+H1_DEVICE float reciprocal_fast(float x) {
+#ifdef __CUDACC__
+    float value;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // An address in shared memory.
 #ifdef __CUDACC__
 using SharedAddress = unsigned;

@@ -7,7 +7,7 @@
 // the states and the C of eight tokens their sums y, of which each token needs its own. dt·u counts there as a sum of two
 // values of 11 bits, B and C exactly, the states are cut off after 11 bits for y; sums are f32.
 //
-// Shared memory: scan16_bytes in mixers/scan.rs, 150 KiB. Macros: those of scan16.cuh, T_OUT.
+// Shared memory: scan16_bytes in mixers/scan.rs, 170 KiB. Macros: those of scan16.cuh, T_OUT.
 // Source: Gu and Dao, arXiv:2312.00752.
 #include "scan16.cuh"
 
@@ -24,12 +24,14 @@
 
 // A tile's shared memory, in bytes. Twice, for chunks that follow each other: dt of four tokens in a piece,
 // [STEPS / 4][TILE]; dt·u in a piece of four pairs of tokens, [STEPS / 8][TILE][first or second token][2 parts]; B alike,
-// [STEPS / 8][D_STATE][first or second token]; C, [STEPS][D_STATE]. Three times: the sums over either half of the states
-// for y, [2][STEPS][TILE]. Rows are farther apart than that, for the values of one access to lie in different banks.
+// [STEPS / 8][D_STATE][first or second token]; C, [STEPS][D_STATE]. SUMS_HELD times: the sums over either half of the
+// states for y, [2][STEPS][TILE]. Rows are farther apart than that, for the values of one access to lie in different banks.
 #define INPUT_ROW (TILE * 80 + 32)
 #define B_ROW (D_STATE * 40)
 #define TWO_ROWS ((2 * 16 + 8) * 4)
 #define A_SUM (STEPS / 2 * TWO_ROWS)
+// Chunks whose sums are held; this and CHUNKS_HELD are powers of two, that a chunk's place be bits of its number.
+#define SUMS_HELD 4
 enum {
     OF_DT = 0,
     INPUTS = OF_DT + STEPS / 4 * PIECE_ROW,
@@ -37,7 +39,7 @@ enum {
     OF_C = OF_B + GROUPS * B_ROW,
     HALF = OF_C + STEPS / 2 * TWO_ROWS,
     SUMS = 2 * HALF,
-    A_TILE = SUMS + 3 * 2 * A_SUM
+    A_TILE = SUMS + SUMS_HELD * 2 * A_SUM
 };
 
 // Where a channel's dt·u, and a state's B, lie in a row, and where a token's C and sums do.
@@ -49,7 +51,7 @@ H1_DEVICE int row_of(int token) { return token / 2 * TWO_ROWS + token % 2 * 64; 
 // way, and of as many as are not finished.
 enum { OF_U, OF_DELTA, OF_Z, OF_B_VALUES, OF_C_VALUES, KINDS };
 #define A_KIND (TILES * STEPS * 16 * 2)
-#define CHUNKS_HELD (COMING + 4)
+#define CHUNKS_HELD (COMING + 5)
 // Threads that copy the values of a kind; each copies of every second kind.
 #define COPYING (STEPS * TILE / COPIED)
 
@@ -136,12 +138,12 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         Two two = make_two(now, 0);
         unsigned char* last_sums = sums;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            unsigned char* to = sums + chunk % 3 * 2 * A_SUM;
+            unsigned char* to = sums + (chunk & SUMS_HELD - 1) * 2 * A_SUM;
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) {
                 bool ends = g == GROUPS - 1;
                 if (ends) __syncthreads();
-                Group next = load_group(memory + (chunk + ends) % 2 * HALF, ends ? 0 : g + 1);
+                Group next = load_group(memory + (chunk + ends & 1) * HALF, ends ? 0 : g + 1);
                 if (g * EIGHT % SCAN_CHUNK == 0) save();
 #pragma unroll
                 for (int i = 0; i < EIGHT / 2; ++i) {
@@ -177,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     float skip[SHARE], bias[SHARE];
 #pragma unroll
     for (int i = 0; i < SHARE; ++i) {
-        skip[i] = d ? d[channel + i] : 0.0f;
+        skip[i] = d ? d[channel + i] / UNCUT : 0.0f;
         bias[i] = delta_bias ? delta_bias[channel + i] : 0.0f;
     }
     Moving<T_OUT> out_at(out, segment.start + t, channel, STEPS);
@@ -191,18 +193,16 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
                                      halves(c, first, tile.c + from_value, STEPS)};
     unsigned char* raw = shared + TILES * A_TILE + role.tile * (A_KIND / TILES);
     auto fetch = [&](int chunk) {
-        unsigned char* to = raw + chunk % CHUNKS_HELD * KINDS * A_KIND + odd * A_KIND + copied * 16;
+        unsigned char* to = raw + (chunk & CHUNKS_HELD - 1) * KINDS * A_KIND + odd * A_KIND + copied * 16;
         bool inside = chunk * STEPS + of_token < len;
-        if (chunk < chunks) {
 #pragma unroll
-            for (int k = 0; k < 3; ++k)
-                if (2 * k < KINDS - odd) copy_async(shared_address(to + 2 * k * A_KIND), sources[k][inside ? chunk : 0], inside);
-        }
+        for (int k = 0; k < 3; ++k)
+            if (2 * k < KINDS - odd) copy_async(shared_address(to + 2 * k * A_KIND), sources[k][inside ? chunk : 0], inside);
         commit_copies();
     };
     // This thread's values of a kind.
     auto values_of = [&](int chunk, int kind) {
-        return raw + (chunk % CHUNKS_HELD * KINDS + kind) * A_KIND + role.thread * SHARE * 2;
+        return raw + ((chunk & CHUNKS_HELD - 1) * KINDS + kind) * A_KIND + role.thread * SHARE * 2;
     };
     auto prepare = [&](int chunk) {
         Raw<T_U, SHARE> of_u;
@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         of_delta.load_from(values_of(chunk, OF_DELTA));
         of_b.load_from(values_of(chunk, OF_B_VALUES));
         of_c.load_from(values_of(chunk, OF_C_VALUES));
-        unsigned char* to = memory + chunk % 2 * HALF;
+        unsigned char* to = memory + (chunk & 1) * HALF;
         int pair = t % EIGHT / 2, second = t % 2;
         unsigned char* dts = to + OF_DT + t / 4 * PIECE_ROW + piece_of(first_own) + t % 4 * 4;
         unsigned char* inputs = to + INPUTS + t / EIGHT * INPUT_ROW + input_of(first_own) + second * 32 + pair * 4;
@@ -238,14 +238,16 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         Raw<T_P, SHARE> of_z;
         of_u.load_from(values_of(chunk, OF_U));
         of_z.load_from(values_of(chunk, OF_Z));
-        unsigned char* sums = memory + SUMS + chunk % 3 * 2 * A_SUM + row_of(t) + first_own * 4;
+        unsigned char* sums = memory + SUMS + (chunk & SUMS_HELD - 1) * 2 * A_SUM + row_of(t) + first_own * 4;
         float y[SHARE];
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {
-            float sum = at<4>(sums + i / 4 * 16).values[i % 4] + at<4>(sums + A_SUM + i / 4 * 16).values[i % 4];
-            y[i] = fmaf(skip[i], of_u[i], UNCUT * sum) * silu(of_z[i]);
+            float one = at<4>(sums + i / 4 * 16).values[i % 4], other = at<4>(sums + A_SUM + i / 4 * 16).values[i % 4];
+            // UNCUT · silu(z).
+            float gate = of_z[i] * reciprocal_fast(fmaf(exp2_fast(-LOG2_E * of_z[i]), 1.0f / UNCUT, 1.0f / UNCUT));
+            y[i] = (fmaf(skip[i], of_u[i], one) + other) * gate;
         }
-        if (there && chunk * STEPS + t < len) store_pack<SHARE>(out_at[chunk], y, SHARE);
+        store_valid<SHARE>(out_at[chunk], y, there && chunk * STEPS + t < len);
     };
     // A chunk's values have come before the barrier behind which threads other than those that copied them read them.
 #pragma unroll

@@ -1,10 +1,12 @@
 //! Every backend against the reference: one list of op cases ([`h1::backend::cases`]), and the laws of a device.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
 use h1::backend::cpu::{self, simd::Simd};
-use h1::backend::cuda::{self, emulated};
+use h1::backend::cuda::source::ModuleKey;
+use h1::backend::cuda::{self, emulated, variants};
 use h1::backend::ops::{
     Conv1d, ConvScan, ConvShape, Linear, LinearSwiglu, PageWrite, RmsNorm, Rope, RopePageWrite, ScanInputs,
     SelectiveScan, Swiglu,
@@ -212,13 +214,12 @@ fn card() -> Option<Device> {
 
 /// The kernels of the CUDA backend on the CPU as on an H100, the threads of a block in one of several orders.
 fn emulated_card(order: u32) -> Device {
-    emulated_card_of((9, 0), order)
+    emulated::device(emulation((9, 0), order)).unwrap()
 }
 
-fn emulated_card_of(capability: (u32, u32), order: u32) -> Device {
+fn emulation(capability: (u32, u32), order: u32) -> emulated::Emulation {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
-    let sanitize = std::env::var_os(SANITIZE).is_some();
-    emulated::device(emulated::Emulation { folder, order, capability, sanitize }).unwrap()
+    emulated::Emulation { folder, order, capability, sanitize: std::env::var_os(SANITIZE).is_some() }
 }
 
 /// Set in a process that was started with the sanitizers' libraries.
@@ -375,17 +376,38 @@ fn kernels_give_the_same_bits_in_any_order_of_their_threads() {
     }
 }
 
-/// What an H100 has kernels of its own for, on the card before it.
+/// The macros that choose between ways to do the same; the others are types and sizes.
+const WAYS: [&str; 7] = ["BACK", "CUT", "KEYS_A_SLOT", "M_TILES", "PACK", "VECTOR", "WARPS"];
+
+/// The kernels of a module, each with the way it goes.
+fn ways(module: &ModuleKey) -> impl Iterator<Item = String> {
+    let chosen = module.numbers().filter(|(name, _)| WAYS.contains(name));
+    let way: String = chosen.map(|(name, number)| format!(" {name}={number}")).collect();
+    let file = module.source.name;
+    module.source.kernels().map(move |kernel| format!("{kernel} of {file}{way}"))
+}
+
+/// An H100 and the card before it, which has other kernels of attention: between them the cases launch every kernel of every
+/// file, in every way that the host side may ask for.
 #[test]
-fn attention_agrees_with_the_reference_on_an_emulated_a100() {
-    let device = emulated_card_of((8, 0), 0);
-    for case in cases::CASES.iter().filter(|case| case.name.starts_with("attention")) {
-        for seed in 0..rounds(&device) {
-            if let Err(failure) = case.run(&device, seed) {
-                panic!("{} (seed {seed}): {failure}", case.name);
+fn cases_launch_every_kernel_and_agree_with_the_reference() {
+    let (mut all, mut launched) = (BTreeSet::new(), BTreeSet::new());
+    for (capability, only) in [((9, 0), ""), ((8, 0), "attention")] {
+        let (device, kernels) = emulated::watched_device(emulation(capability, 2)).unwrap();
+        for case in cases::CASES.iter().chain([&cases::MANY_WIDE_ROWS]).filter(|case| case.name.starts_with(only)) {
+            for seed in 0..rounds(&device) {
+                if let Err(failure) = case.run(&device, seed) {
+                    panic!("{} (seed {seed}) on {capability:?}: {failure}", case.name);
+                }
             }
         }
+        all.extend(variants::all(capability).iter().flat_map(ways));
+        for kernel in kernels.kernels() {
+            launched.extend(ways(&kernel.module).filter(|way| way.starts_with(&format!("{} of ", kernel.entry))));
+        }
     }
+    let missing: Vec<_> = all.difference(&launched).map(String::as_str).collect();
+    assert!(missing.is_empty(), "no case launched\n{}", missing.join("\n"));
 }
 
 #[test]

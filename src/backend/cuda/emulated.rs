@@ -2,11 +2,11 @@
 //! device memory is the host's. Products, which have no kernel of ours, are plain loops here. For tests alone.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use libloading::Library;
@@ -43,6 +43,34 @@ pub fn device(emulation: Emulation) -> Result<Device> {
     Ok(super::over(Box::new(driver(emulation)?)))
 }
 
+/// Such a device, and the kernels that it launches.
+///
+/// # Errors
+/// When there is no C++ compiler.
+pub fn watched_device(emulation: Emulation) -> Result<(Device, Launched)> {
+    let driver = driver(emulation)?;
+    let launched = driver.launched.clone();
+    Ok((super::over(Box::new(driver)), launched))
+}
+
+/// The kernels that a device has launched so far.
+#[derive(Clone, Debug, Default)]
+pub struct Launched(Arc<Mutex<HashSet<KernelKey>>>);
+
+impl Launched {
+    fn note(&self, kernel: &KernelKey) {
+        let mut launched = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !launched.contains(kernel) {
+            launched.insert(kernel.clone());
+        }
+    }
+
+    /// Each of them, in no order.
+    pub fn kernels(&self) -> Vec<KernelKey> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
+
 pub(super) fn driver(emulation: Emulation) -> Result<Emulated> {
     std::fs::create_dir_all(&emulation.folder).map_err(|error| failed("making a folder", error))?;
     let limits = Limits {
@@ -54,8 +82,8 @@ pub(super) fn driver(emulation: Emulation) -> Result<Emulated> {
         // Work is cut as finely as can be.
         launch_ns: 0,
     };
-    let (memory, kernels, graphs) = (Mutex::default(), Mutex::default(), Mutex::default());
-    Ok(Emulated { emulation, limits, memory, kernels, graphs })
+    let (memory, kernels, graphs, launched) = Default::default();
+    Ok(Emulated { emulation, limits, memory, kernels, graphs, launched })
 }
 
 static EMULATE: [Source; 3] = [
@@ -72,6 +100,7 @@ pub(super) struct Emulated {
     memory: Mutex<HashMap<Pointer, Layout>>,
     kernels: Mutex<Kernels>,
     graphs: Mutex<Graphs>,
+    launched: Launched,
 }
 
 /// What a graph does at a time.
@@ -93,7 +122,7 @@ struct Graphs {
 struct Kernels {
     /// Kept open for the launchers.
     libraries: Vec<Library>,
-    launchers: Vec<(Launcher, &'static str)>,
+    launchers: Vec<(Launcher, KernelKey)>,
 }
 
 fn failed(what: impl Into<String>, why: impl ToString) -> Error {
@@ -203,8 +232,9 @@ impl Emulated {
 
     fn launch_now(&self, kernel: Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         let kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        let &(launch, entry) =
+        let (launch, key) =
             kernels.launchers.get(kernel.0).ok_or_else(|| failed("launching", "there is no such kernel"))?;
+        self.launched.note(key);
         let (mut arguments, shared) = (arguments.addresses(), shape.shared_bytes as usize);
         let (grid, block) = (shape.grid.as_ptr(), shape.block.as_ptr());
         // SAFETY: the arguments are those of the kernel, which stays in its outputs.
@@ -213,7 +243,7 @@ impl Emulated {
             return Ok(());
         }
         // SAFETY: a text with an end.
-        Err(failed(entry, unsafe { CStr::from_ptr(error) }.to_string_lossy()))
+        Err(failed(key.entry, unsafe { CStr::from_ptr(error) }.to_string_lossy()))
     }
 
     /// A card refuses these while it records.
@@ -281,7 +311,7 @@ impl Driver for Emulated {
         let launcher = launcher.map_err(|error| failed("loading a kernel", error))?;
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         kernels.libraries.push(library);
-        kernels.launchers.push((launcher, key.entry));
+        kernels.launchers.push((launcher, key.clone()));
         Ok(Kernel(kernels.launchers.len() - 1))
     }
 

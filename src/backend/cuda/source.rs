@@ -16,6 +16,25 @@ impl Source {
     pub fn early(&self) -> bool {
         self.text.contains("after_earlier();")
     }
+
+    /// The names of its kernels.
+    pub fn kernels(&self) -> impl Iterator<Item = &'static str> {
+        self.text.split("extern \"C\" __global__ void").skip(1).map(|rest| {
+            let bounded = rest.trim_start().strip_prefix("__launch_bounds__");
+            let name = bounded.map_or(rest, after_parentheses).trim_start();
+            &name[..name.find('(').unwrap_or(name.len())]
+        })
+    }
+}
+
+/// What follows an expression in parentheses.
+fn after_parentheses(text: &str) -> &str {
+    let mut depth = 0;
+    let end = text.find(|of: char| {
+        depth += i32::from(of == '(') - i32::from(of == ')');
+        of == ')' && depth == 0
+    });
+    &text[end.map_or(text.len(), |end| end + 1)..]
 }
 
 impl PartialEq for Source {
@@ -132,6 +151,14 @@ impl ModuleKey {
         let mut module = self.clone();
         module.defines.push(define);
         module
+    }
+
+    /// The macros that are numbers.
+    pub fn numbers(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        self.defines.iter().filter_map(|&(name, value)| match value {
+            Value::Number(number) => Some((name, number)),
+            Value::Type(_) => None,
+        })
     }
 
     /// What a compiler is given: the macros, then the file. Headers are found by name.

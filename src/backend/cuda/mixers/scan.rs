@@ -27,7 +27,7 @@ const STEPPING16: usize = 128;
 /// Bytes of shared memory of a block of `selective_scan16`: its parts, and the chunks whose values it holds.
 fn scan16_bytes() -> usize {
     let half = 288 * STEPS / 4 + (1312 + 640) * STEPS / 8 + 160 * STEPS / 2;
-    TILES16 * (2 * half + 3 * 160 * STEPS) + (COMING + 4) * 5 * TILES16 * STEPS * TILE16 * 2
+    TILES16 * (2 * half + 4 * 160 * STEPS) + (COMING + 5) * 5 * TILES16 * STEPS * TILE16 * 2
 }
 
 /// Bytes of shared memory of a block of its backward, where a value of dout has `dout`: its parts, the chunks whose values it
