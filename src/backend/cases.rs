@@ -125,6 +125,8 @@ pub const CASES: &[Case] = &[
     case("rope inverse", |t| mixers::rope(t, true)),
     case("attention", |t| mixers::attention(t, false)),
     case("attention over a window", |t| mixers::attention(t, true)),
+    case("attention of a step over many keys", mixers::attention_of_many_keys),
+    case("attention of a step over many pages", mixers::attention_of_many_keys_in_pages),
     case("attention over pages", |t| mixers::attention_paged(t, false)),
     case("attention over a window of pages", |t| mixers::attention_paged(t, true)),
     case("attention_backward", |t| mixers::attention_backward(t, false)),
@@ -150,6 +152,9 @@ pub const CASES: &[Case] = &[
     case("selective_scan_backward", |t| mixers::selective_scan_backward(t, 16, Sequences::Any)),
     case("selective_scan_backward of any d_state", |t| mixers::selective_scan_backward(t, 0, Sequences::Any)),
     case("selective_scan_backward of a long sequence", |t| mixers::selective_scan_backward(t, 16, Sequences::Long)),
+    case("selective_scan_backward of a long sequence, not cut", |t| {
+        mixers::selective_scan_backward(t, 16, Sequences::Whole)
+    }),
     case("head_loss", |t| t.in_f32(|t| losses::head_loss(t, true))),
     case("head_loss without a teacher", |t| t.in_f32(|t| losses::head_loss(t, false))),
     case("head_loss_gradient", |t| t.in_f32(|t| losses::head_loss_gradient(t, true, Gradient::InPlace))),

@@ -65,8 +65,13 @@ pub fn rms_norm_backward_of(t: &mut Trial, tokens: usize, hidden: usize) -> Verd
     })
 }
 
+/// Of inputs to so many rows: of one row often a multiple of what is read at a time.
+fn inputs(t: &mut Trial, most_tokens: usize) -> usize {
+    if most_tokens == 1 { t.one_of(&[1, 2, 4, 8, 8]) * t.size(MOST / 8) } else { t.size(MOST) }
+}
+
 pub fn linear(t: &mut Trial, most_tokens: usize) -> Verdict {
-    let (tokens, inputs, outputs) = (t.size(most_tokens), t.size(MOST), t.size(MOST));
+    let (tokens, inputs, outputs) = (t.size(most_tokens), inputs(t, most_tokens), t.size(MOST));
     let x = t.input("x", tokens, inputs)?;
     let weight = t.weight("weight", outputs, inputs)?;
     let bias = if t.coin() { Some(t.parameter("bias", 1, outputs)?) } else { None };
@@ -111,7 +116,7 @@ pub fn swiglu(t: &mut Trial) -> Verdict {
 }
 
 pub fn linear_swiglu(t: &mut Trial, most_tokens: usize) -> Verdict {
-    let (tokens, inputs, width) = (t.size(most_tokens), t.size(MOST), t.size(MOST));
+    let (tokens, inputs, width) = (t.size(most_tokens), inputs(t, most_tokens), t.size(MOST));
     let x = t.input("x", tokens, inputs)?;
     // Gate and up in any order, with columns between and behind them.
     let (gap, behind, swapped) = (t.one_of(&[0, 0, 3]), t.one_of(&[0, 0, 1]), t.coin());

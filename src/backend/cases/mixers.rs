@@ -32,10 +32,19 @@ fn keys(t: &mut Trial, name: &'static str, used: &[bool], cols: usize) -> Result
 
 pub fn attention(t: &mut Trial, windowed: bool) -> Verdict {
     let (segments, _) = t.sequences(true)?;
+    attention_of(t, &segments, windowed)
+}
+
+pub fn attention_of_many_keys(t: &mut Trial) -> Verdict {
+    let (segments, _) = t.step_after_many()?;
+    attention_of(t, &segments, false)
+}
+
+fn attention_of(t: &mut Trial, segments: &Segments, windowed: bool) -> Verdict {
     let shape = attention_shape(t, windowed);
     let used: Vec<bool> = (0..segments.keys() + t.one_of(&[0, 3])).map(|row| row < segments.keys()).collect();
     let (k, v) = (keys(t, "k", &used, shape.kv_cols())?, keys(t, "v", &used, shape.kv_cols())?);
-    attend(t, &segments, shape, |on| ops::Keys::Rows { k: on.view(k), v: on.view(v) })
+    attend(t, segments, shape, |on| ops::Keys::Rows { k: on.view(k), v: on.view(v) })
 }
 
 /// Pages for the segments: the table, whose unused entries lead nowhere, and the rows of the pool that hold a token.
@@ -61,12 +70,21 @@ fn pages(t: &mut Trial, segments: &Segments, slots: usize, page_size: usize) -> 
 
 pub fn attention_paged(t: &mut Trial, windowed: bool) -> Verdict {
     let (segments, slots) = t.sequences(true)?;
+    attention_paged_of(t, &segments, slots, windowed)
+}
+
+pub fn attention_of_many_keys_in_pages(t: &mut Trial) -> Verdict {
+    let (segments, slots) = t.step_after_many()?;
+    attention_paged_of(t, &segments, slots, false)
+}
+
+fn attention_paged_of(t: &mut Trial, segments: &Segments, slots: usize, windowed: bool) -> Verdict {
     let shape = attention_shape(t, windowed);
     let page_size = t.one_of(&[1, 3, 16, 32]);
-    let (width, table, used) = pages(t, &segments, slots, page_size);
+    let (width, table, used) = pages(t, segments, slots, page_size);
     let pages = t.ids("pages", slots, width, &table)?;
     let (k, v) = (keys(t, "k", &used, shape.kv_cols())?, keys(t, "v", &used, shape.kv_cols())?);
-    attend(t, &segments, shape, |on| {
+    attend(t, segments, shape, |on| {
         let (k, v, pages) = (on.view(k), on.view(v), on.view(pages));
         ops::Keys::Pages { k, v, pages, page_size }
     })

@@ -416,6 +416,15 @@ impl Trial {
         Ok((segments, count + spare))
     }
 
+    /// A step of decoding behind many tokens, whose keys are split.
+    pub fn step_after_many(&mut self) -> Result<(Segments, usize)> {
+        let (count, mut segments) = (self.one_of(&[1, 1, 2]), Segments::default());
+        for slot in self.permutation(count) {
+            segments.push(self.one_of(&[1, 1, 2]), self.one_of(&[300, 512, 777]), slot)?;
+        }
+        Ok((segments, count))
+    }
+
     /// One sequence that is long enough to be cut in time.
     pub fn long_sequence(&mut self) -> Result<(Segments, usize)> {
         let (len, past, slots) = (self.one_of(&[800, 1100, 1301]), self.one_of(&[0, 7]), self.one_of(&[1, 3]));
