@@ -7,17 +7,23 @@ use h1::backend::cuda::driver::Limits;
 use h1::backend::cuda::dry::{self, Counters};
 use h1::backend::ops::{Fill, LossWeights, Scaling};
 use h1::backend::{DType, Device, Error, Largest, View, cuda};
+use h1::bench;
 use h1::bench::shapes::{Shape, hybrid};
-use h1::checkpoint::{SaveOptions, save_model};
+use h1::bench::throughput::{self, Load};
+use h1::bench::train::Step;
+use h1::checkpoint::{Checkpoint, SaveOptions, save_model};
 use h1::distill::config::Config;
+use h1::distill::ground::Ground;
+use h1::distill::importance::{Measure, Method};
 use h1::distill::watch::{Event, Watcher};
 use h1::distill::{Setup, distill};
-use h1::eval::Scores;
+use h1::eval::{self, Evaluator, Scores};
 use h1::generate::{Generator, Limits as Room, Request};
 use h1::model::config::{BlockKind, ModelConfig};
 use h1::model::{LossKind, Model};
 use h1::text::arithmetic::ALPHABET;
 use h1::text::characters::write_character_tokenizer;
+use h1::text::documents::Documents;
 use h1::text::packing::{Batch, NO_LABEL, Segment};
 use h1::train::job::{self, Job};
 use h1::train::optimizer::{AdamWOptions, Trained};
@@ -25,16 +31,20 @@ use h1::train::teacher::Teacher;
 use h1::train::trainer::{self, Divisor, StepReport, Trainer, TrainerOptions};
 use h1::train::{fresh, settings};
 
-/// A device with the sizes of an H100.
-fn card() -> (Device, Counters) {
-    dry::device(&Limits {
+/// The sizes of an H100.
+fn limits() -> Limits {
+    Limits {
         name: "dry card".into(),
         capability: (9, 0),
         multiprocessors: 132,
         shared_bytes: 232_448,
         memory_bytes: 80 << 30,
         launch_ns: 0,
-    })
+    }
+}
+
+fn card() -> (Device, Counters) {
+    dry::device(&limits())
 }
 
 /// What a run took at most lies within what it planned, which is not much more.
@@ -224,6 +234,75 @@ fn distillation_takes_what_it_planned() {
         distill(setup, &mut Deaf).unwrap();
         planned(&counters);
     }
+}
+
+/// Documents of some tokens of the arithmetic task, all but the first of which count.
+fn documents(count: usize) -> Arc<Documents> {
+    let mut documents = Documents::default();
+    for document in 0..count {
+        let ids: Vec<u32> = (0..6 + document as u32 % 7).collect();
+        documents.push(&ids, &ids.iter().map(|at| *at > 0).collect::<Vec<_>>());
+    }
+    documents.into()
+}
+
+#[test]
+fn evaluation_takes_what_it_planned() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for taught in [false, true] {
+            let ((device, counters), shape) = (card(), Shape::Arithmetic.config());
+            let teacher = taught.then_some(&shape);
+            eval::plan((&device, dtype), (&shape, teacher), 512).unwrap();
+            let make = |shape: &ModelConfig| Model::new(&device, shape.clone(), dtype).unwrap();
+            let (model, teacher) = (make(&shape), teacher.map(make));
+            let mut evaluator = Evaluator::new(&model, teacher.as_ref(), 512).unwrap();
+            evaluator.run(&documents(200), None, |_| ()).unwrap();
+            planned(&counters);
+        }
+    }
+}
+
+#[test]
+fn a_ranking_takes_what_it_planned() {
+    let (folder, train) = (tempfile::tempdir().unwrap(), documents(300));
+    let shape = ModelConfig { blocks: vec![BlockKind::Attention; 3], ..Shape::Arithmetic.config() };
+    let model = folder.path().join("model");
+    let saved = fresh(&card().0, shape.clone(), DType::F32, 3).unwrap();
+    save_model(&model, &saved, &SaveOptions::new(DType::F32)).unwrap();
+    let mut config = Config::default();
+    config.student.d_state = Some(16);
+    config.importance.mmr.steps = 3;
+    config.importance.loo.measure = Measure::ReverseKl;
+    for method in [Method::Loo, Method::Mmr] {
+        let (device, counters) = card();
+        let open = || Checkpoint::open(&model).unwrap();
+        Ground::plan_ranking(&config, method, (&device, DType::Bf16), (&shape, &shape), &train).unwrap();
+        let ground = Ground::new(&config, (&device, DType::Bf16), open(), Arc::clone(&train)).unwrap();
+        ground.rank(method, &open(), &folder.path().join(method.name()), &mut Deaf).unwrap();
+        planned(&counters);
+    }
+}
+
+#[test]
+fn benches_take_what_they_planned() {
+    let named = |name: &str| Limits { name: name.into(), ..limits() };
+    let (config, dtype) = (Shape::Arithmetic.config(), DType::Bf16);
+    let (device, counters) = dry::device(&named("NVIDIA H100 80GB HBM3"));
+    let step = Step { mamba: 2, tokens: 300, recompute: false, steps: 2, threads: 1, dtype };
+    bench::train::measure(&device, &config, step, || ()).unwrap();
+    planned(&counters);
+
+    let (device, counters) = dry::device(&limits());
+    let load = |batch| Load { past: 100, prompt: 30, new_tokens: 5, batch, call: 64, repeats: 2 };
+    let (shape, loads) = (hybrid(&config, 2).unwrap(), [1, 5].map(load));
+    throughput::plan((&device, dtype), &shape, &loads).unwrap();
+    let model = Model::new(&device, shape, dtype).unwrap();
+    let whose = bench::yardstick::Whose::Card;
+    let limits = bench::yardstick::Limits { whose, threads: 0, gemm_gflops: 1.0, copy_gbytes: 1.0, read_gbytes: 1.0 };
+    for load in loads {
+        throughput::measure(&model, load, &limits).unwrap();
+    }
+    planned(&counters);
 }
 
 #[test]

@@ -6,8 +6,10 @@ use serde::Serialize;
 
 use super::yardstick::Limits;
 use super::{Error, Result, roofline};
+use crate::backend::{DType, Device};
 use crate::generate::{Event, Generator, Limits as Sizes, Request};
 use crate::model::Model;
+use crate::model::config::ModelConfig;
 use crate::model::parameters::Part;
 
 /// What is run.
@@ -25,6 +27,13 @@ pub struct Load {
     pub call: usize,
     /// Times that it is run; the best counts.
     pub repeats: usize,
+}
+
+impl Load {
+    /// Tokens of a sequence at its end.
+    fn context(&self) -> usize {
+        self.past.saturating_add(self.prompt).saturating_add(self.new_tokens)
+    }
 }
 
 /// What came out.
@@ -50,6 +59,22 @@ pub struct Throughput {
     pub peak_bytes: usize,
 }
 
+/// Gets the memory ready for a model of a shape and what [`measure`] makes beside it for one load after the other.
+///
+/// # Errors
+/// When the device has no room.
+pub fn plan((device, dtype): (&Device, DType), shape: &ModelConfig, loads: &[Load]) -> Result<()> {
+    device.plan(|device| {
+        let model = Model::new(device, shape.clone(), dtype)?;
+        loads.iter().try_for_each(|load| generator(&model, *load).map(drop))
+    })
+}
+
+fn generator(model: &Model, load: Load) -> Result<Generator<'_>> {
+    let call = load.call.min(load.batch.saturating_mul(load.prompt));
+    Ok(Generator::new(model, Sizes { sequences: load.batch, context: load.context(), call })?)
+}
+
 /// Runs `load` on a model. The prompts are random, and every sequence gets all of its new tokens.
 ///
 /// # Errors
@@ -61,10 +86,8 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
     }
     let config = model.config();
     let vocabulary = config.vocab_size as u32;
-    let context = past.saturating_add(prompt).saturating_add(new_tokens);
-    let call = call.min(batch.saturating_mul(prompt));
     model.device().take_peak_bytes();
-    let mut generator = Generator::new(model, Sizes { sequences: batch, context, call })?;
+    let mut generator = generator(model, load)?;
     let requests: Vec<Request> = (0..batch)
         .map(|index| Request {
             past,
@@ -89,7 +112,7 @@ pub fn measure(model: &Model, load: Load, limits: &Limits) -> Result<Throughput>
         prefill_tokens_per_second: (batch * prompt) as f64 / prefill,
         decode_tokens_per_second: decoded.then(|| 1.0 / decode),
         share_of_floor: decoded.then(|| limits.floor(step.flops, step.bytes) / (decode * batch as f64)),
-        cache_bytes: config.cache_bytes(context, model.activations().size()),
+        cache_bytes: config.cache_bytes(load.context(), model.activations().size()),
         weight_bytes: model.weights().bytes(),
         peak_bytes: model.device().take_peak_bytes(),
     })

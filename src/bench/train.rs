@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::card;
-use super::shapes::random_model;
+use super::shapes::{hybrid, random_model};
 use super::yardstick::Gemm;
 use super::{Error, Result, roofline};
 use crate::backend::ops::{LossWeights, Scaling};
 use crate::backend::{DType, Device};
-use crate::model::LossKind;
 use crate::model::config::ModelConfig;
+use crate::model::{LossKind, Model};
 use crate::text::packing::{Batch, NO_LABEL, Segment};
 use crate::train::Trainer;
 use crate::train::optimizer::{AdamWOptions, Trained};
@@ -87,7 +87,11 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
         return Err(Error::Options("a training step needs at least one token, and one step is timed at least".into()));
     }
     device.take_peak_bytes();
-    let mut trainer = trainer(device, config, step)?;
+    device.plan(|device| {
+        let shape = |mamba| Ok(Model::new(device, hybrid(config, mamba)?, step.dtype)?);
+        trainer(step, shape).map(drop)
+    })?;
+    let mut trainer = trainer(step, |mamba| random_model(device, config, mamba, step.dtype))?;
     let batch = [batch(config.vocab_size, step.tokens)];
     let mut gemm = if card::on_processor(device) { Some(Gemm::new(GEMM, step.threads)?) } else { None };
     let mut gemm_gflops = match gemm {
@@ -134,9 +138,9 @@ pub fn measure(device: &Device, config: &ModelConfig, step: Step, mut progress: 
     })
 }
 
-fn trainer(device: &Device, config: &ModelConfig, step: Step) -> Result<Trainer> {
-    let teacher = random_model(device, config, 0, step.dtype)?;
-    let student = random_model(device, config, step.mamba, step.dtype)?;
+/// Of models that `make` makes with so many Mamba layers.
+fn trainer(step: Step, make: impl Fn(usize) -> Result<Model>) -> Result<Trainer> {
+    let (teacher, student) = (make(0)?, make(step.mamba)?);
     let options = TrainerOptions {
         trained: Trained::All,
         optimizer: AdamWOptions::default(),

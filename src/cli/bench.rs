@@ -15,7 +15,7 @@ use super::common::{DeviceArguments, located, print, print_json, progress};
 use crate::backend::Device;
 use crate::bench::card;
 use crate::bench::kernels::{self, GROUPS, Kernel, Options};
-use crate::bench::shapes::{Shape, random_model};
+use crate::bench::shapes::{Shape, hybrid, random_model};
 use crate::bench::throughput::{self, Load, Throughput};
 use crate::bench::train::{self, Step};
 use crate::bench::yardstick::{Limits, Whose};
@@ -154,8 +154,10 @@ fn run_throughput(arguments: ThroughputArguments) -> anyhow::Result<()> {
         let counts =
             if arguments.mamba.is_empty() { vec![0, config.num_hidden_layers() / 2] } else { arguments.mamba.clone() };
         let limits = limits(&arguments.device, &device)?;
+        let (dtype, loads) = (arguments.device.dtype(), loads(&arguments));
         for count in counts {
-            let model = random_model(&device, &config, count, arguments.device.dtype())?;
+            throughput::plan((&device, dtype), &hybrid(&config, count)?, &loads)?;
+            let model = random_model(&device, &config, count, dtype)?;
             measured.extend(decode(&arguments, shape.name().to_owned(), &model, &limits)?);
         }
         return report_throughput(&arguments, &device, &limits, &measured);
@@ -164,10 +166,24 @@ fn run_throughput(arguments: ThroughputArguments) -> anyhow::Result<()> {
     let checkpoints = checkpoints.collect::<anyhow::Result<Vec<_>>>()?;
     let limits = limits(&arguments.device, &device)?;
     for (path, checkpoint) in checkpoints {
+        throughput::plan((&device, arguments.device.dtype()), checkpoint.config(), &loads(&arguments))?;
         let model = arguments.device.load(&device, &checkpoint)?;
         measured.extend(decode(&arguments, path.display().to_string(), &model, &limits)?);
     }
     report_throughput(&arguments, &device, &limits, &measured)
+}
+
+/// What is run at each batch.
+fn loads(arguments: &ThroughputArguments) -> Vec<Load> {
+    let load = |batch: &NonZeroUsize| Load {
+        past: arguments.past,
+        prompt: arguments.prompt.get(),
+        new_tokens: arguments.new_tokens.get(),
+        batch: batch.get(),
+        call: arguments.call.get(),
+        repeats: arguments.repeats.get(),
+    };
+    arguments.batch.iter().map(load).collect()
 }
 
 /// One model at every batch.
@@ -180,15 +196,7 @@ fn decode(
     let config = model.config();
     let (layers, mamba) = (config.num_hidden_layers(), config.layers_of(BlockKind::Mamba).count());
     let mut measured = Vec::new();
-    for batch in &arguments.batch {
-        let load = Load {
-            past: arguments.past,
-            prompt: arguments.prompt.get(),
-            new_tokens: arguments.new_tokens.get(),
-            batch: batch.get(),
-            call: arguments.call.get(),
-            repeats: arguments.repeats.get(),
-        };
+    for load in loads(arguments) {
         let numbers = throughput::measure(model, load, limits)?;
         measured.push(Measured { name: name.clone(), layers, mamba, numbers });
     }

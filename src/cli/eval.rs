@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::common::{DeviceArguments, TextArguments, located, print, print_json, progress};
 use crate::checkpoint::Checkpoint;
-use crate::eval::Evaluator;
+use crate::eval::{self, Evaluator};
 use crate::report::table::{Align, Table};
 use crate::text::tokenizer::Tokenizer;
 
@@ -50,6 +50,8 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
         sets.push((path, documents.first(arguments.limit.unwrap_or(usize::MAX))));
     }
     let device = arguments.device.open()?;
+    let shapes = (checkpoint.config(), teacher.as_ref().map(Checkpoint::config));
+    eval::plan((&device, arguments.device.dtype()), shapes, arguments.context.get())?;
     let model = arguments.device.load(&device, &checkpoint)?;
     let teacher = teacher.map(|checkpoint| arguments.device.load(&device, &checkpoint)).transpose()?;
     let mut evaluator = Evaluator::new(&model, teacher.as_ref(), arguments.context.get())?;

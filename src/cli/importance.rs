@@ -104,7 +104,9 @@ pub(super) fn run(mut arguments: Arguments) -> anyhow::Result<ExitCode> {
         "backend": device.info().name, "dtype": arguments.device.dtype().to_string(),
     });
     let layers = student.config().layers_of(BlockKind::Attention).count();
-    let ground = Ground::new(&config, (&device, arguments.device.dtype()), original, documents.into())?;
+    let (on, documents) = ((&device, arguments.device.dtype()), documents.into());
+    Ground::plan_ranking(&config, method, on, (original.config(), student.config()), &documents)?;
+    let ground = Ground::new(&config, on, original, documents)?;
     let mut watch = Bar(progress(layers, "layers"));
     let ranking = keep(&out, &settings, |folder| ground.rank(method, &student, folder, &mut watch))?;
     watch.0.finish_and_clear();

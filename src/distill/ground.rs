@@ -15,13 +15,13 @@ use crate::checkpoint::Checkpoint;
 use crate::eval::Evaluator;
 use crate::hybrid::{Conversion, FitOptions, Init, LayerSet, fit};
 use crate::model::Model;
-use crate::model::config::BlockKind;
+use crate::model::config::{BlockKind, ModelConfig};
 use crate::random;
 use crate::text::documents::Documents;
 use crate::text::packing::{Batch, Batches};
 use crate::train::filled_up;
 use crate::train::teacher::Teacher;
-use crate::train::trainer::Room;
+use crate::train::trainer::{Room, Trainer};
 
 /// Tokens of a call of an evaluation.
 pub(super) const CALL_TOKENS: usize = 2048;
@@ -44,6 +44,9 @@ pub(super) fn batches(config: &Config, documents: &Arc<Documents>, purpose: &str
     let seed = random::stream(config.seed, purpose).random();
     Ok(Batches::new(Arc::clone(documents), config.batch.row_tokens, config.batch.rows, seed)?)
 }
+
+/// The purpose of the batches that every layer's short run sees.
+const MMR_BATCHES: &str = "batches of MMR";
 
 /// Hears nothing.
 pub(super) struct Deaf;
@@ -78,6 +81,41 @@ impl<'a> Ground<'a> {
     ) -> Result<Self> {
         let teacher = Arc::new(original.load(device, dtype)?);
         Ok(Ground { config, device, dtype, original, teacher, train })
+    }
+
+    /// Gets the memory ready for a ranking of `student` beside the teacher `original`, the teacher's included.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn plan_ranking(
+        config: &Config,
+        method: Method,
+        (device, dtype): (&Device, DType),
+        (original, student): (&ModelConfig, &ModelConfig),
+        train: &Arc<Documents>,
+    ) -> Result<()> {
+        device.plan(|device| {
+            let make = |shape: &ModelConfig| Model::new(device, shape.clone(), dtype);
+            let teacher = Arc::new(make(original)?);
+            match method {
+                Method::Loo => {
+                    let teacher = (config.importance.loo.measure == Measure::ReverseKl).then_some(&*teacher);
+                    Evaluator::new(&make(student)?, teacher, CALL_TOKENS)?;
+                }
+                Method::Mmr => {
+                    let init = (config.importance.mmr.init, config.student.shape(), config.seed);
+                    let (trainer, room) =
+                        (config.trainer(config.optimizer.trained)?, room(&batches(config, train, MMR_BATCHES)?));
+                    let mut teacher = Some(Teacher::remembering(teacher, &std::env::temp_dir(), 0)?);
+                    // Each takes the same, but where memory is free depends on those before it.
+                    for layer in student.layers_of(BlockKind::Attention) {
+                        let replaced = Conversion::new(original, student, &LayerSet::from_iter([layer]), init)?;
+                        teacher = Trainer::new(make(replaced.config())?, teacher, trainer, room)?.into_parts().1;
+                    }
+                }
+            }
+            Ok(())
+        })
     }
 
     /// See [`batches`].
@@ -146,7 +184,7 @@ impl<'a> Ground<'a> {
     fn mmr(&self, student: &Checkpoint, layers: &[usize], folder: &Path, watcher: &mut dyn Watcher) -> Result<Ranking> {
         let config = self.config;
         let mmr = config.importance.mmr;
-        let mut batches = self.batches("batches of MMR")?;
+        let mut batches = self.batches(MMR_BATCHES)?;
         let room = room(&batches);
         let mut next = || {
             let mut batch = Batch::default();

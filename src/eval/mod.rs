@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use crate::backend::ops::{LossWeights, Scaling};
-use crate::backend::{self, Segments};
+use crate::backend::{self, DType, Device, Segments};
+use crate::model::config::ModelConfig;
 use crate::model::{Activations, FinalNorm, Keep, LossHead, LossKind, Model, Skip, Targets};
 use crate::text::documents::Documents;
 use crate::text::packing::{Batch, PackingError, Rows};
@@ -50,6 +51,22 @@ pub struct TeacherScores {
     pub forward_kl: f64,
     /// Share of counted tokens where both find the same token likeliest.
     pub agreement: f64,
+}
+
+/// Gets the memory ready for a model of a shape, a teacher beside it if there is one, and an [`Evaluator`] of them.
+///
+/// # Errors
+/// When the device has no room, or the vocabularies differ.
+pub fn plan(
+    (device, dtype): (&Device, DType),
+    (model, teacher): (&ModelConfig, Option<&ModelConfig>),
+    tokens: usize,
+) -> backend::Result<()> {
+    device.plan(|device| {
+        let make = |shape: &ModelConfig| Model::new(device, shape.clone(), dtype);
+        let (model, teacher) = (make(model)?, teacher.map(make).transpose()?);
+        Evaluator::new(&model, teacher.as_ref(), tokens).map(drop)
+    })
 }
 
 /// The memory to evaluate a model, beside a teacher or alone, with calls of up to a number of tokens.
