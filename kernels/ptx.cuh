@@ -58,7 +58,7 @@ H1_DEVICE float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
     return value;
 #else
-    return std::exp2(x);
+    return emulate::rough(std::exp2(x));
 #endif
 }
 
@@ -69,7 +69,7 @@ H1_DEVICE float reciprocal_fast(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
     return value;
 #else
-    return 1.0f / x;
+    return emulate::rough(1.0f / x);
 #endif
 }
 

@@ -32,7 +32,7 @@ fn devices() -> Vec<Device> {
 /// A device that records.
 fn emulated_card() -> Device {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated");
-    emulated::device(Emulation { folder, order: 0, capability: (9, 0), sanitize: false }).unwrap()
+    emulated::device(Emulation { folder, order: 0, capability: (9, 0), sanitize: false, rough: false }).unwrap()
 }
 
 fn goldens() -> PathBuf {

@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn a_micro_batch_is_filled_up_with_what_does_not_count_where_a_device_records() {
         let folder = tempfile::tempdir().unwrap().path().to_owned();
-        let emulation = Emulation { folder, order: 0, capability: (9, 0), sanitize: false };
+        let emulation = Emulation { folder, order: 0, capability: (9, 0), sanitize: false, rough: false };
         let (card, other) = (emulated::device(emulation).unwrap(), Device::new(Reference::new()));
         let room = Room { tokens: 5000, segments: 2 };
         for (tokens, expected) in [(3, (128, 128)), (128, (128, 128)), (4001, (4096, 1600)), (5000, (5000, 1920))] {

@@ -30,6 +30,8 @@ pub struct Emulation {
     pub capability: (u32, u32),
     /// Watch addresses and undefined behaviour; the process must have been started for it.
     pub sanitize: bool,
+    /// Let functions that a card has to a few units in the last place be off by one, always the same way.
+    pub rough: bool,
 }
 
 /// The device's name.
@@ -237,8 +239,9 @@ impl Emulated {
         self.launched.note(key);
         let (mut arguments, shared) = (arguments.addresses(), shape.shared_bytes as usize);
         let (grid, block) = (shape.grid.as_ptr(), shape.block.as_ptr());
+        let order = self.emulation.order | u32::from(self.emulation.rough) << 8;
         // SAFETY: the arguments are those of the kernel, which stays in its outputs.
-        let error = unsafe { launch(arguments.as_mut_ptr(), grid, block, shared, self.emulation.order) };
+        let error = unsafe { launch(arguments.as_mut_ptr(), grid, block, shared, order) };
         if error.is_null() {
             return Ok(());
         }

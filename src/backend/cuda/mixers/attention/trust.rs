@@ -294,7 +294,7 @@ mod tests {
 
     fn card(broken: bool, memory: &'static Mutex<Seen>) -> Device {
         let folder = std::env::temp_dir().join("h1-emulated");
-        let emulation = Emulation { folder, order: 0, capability: (9, 0), sanitize: false };
+        let emulation = Emulation { folder, order: 0, capability: (9, 0), sanitize: false, rough: false };
         crate::backend::cuda::over(Box::new(Card { inner: emulated::driver(emulation).unwrap(), broken, memory }))
     }
 
