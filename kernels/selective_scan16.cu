@@ -30,7 +30,7 @@
 #define B_ROW (D_STATE * 40)
 #define TWO_ROWS ((2 * 16 + 8) * 4)
 #define A_SUM (STEPS / 2 * TWO_ROWS)
-// Chunks whose sums are held; this and CHUNKS_HELD are powers of two, that a chunk's place be bits of its number.
+// Chunks whose sums are held.
 #define SUMS_HELD 4
 enum {
     OF_DT = 0,
@@ -52,6 +52,8 @@ H1_DEVICE int row_of(int token) { return token / 2 * TWO_ROWS + token % 2 * 64; 
 enum { OF_U, OF_DELTA, OF_Z, OF_B_VALUES, OF_C_VALUES, KINDS };
 #define A_KIND (TILES * STEPS * 16 * 2)
 #define CHUNKS_HELD (COMING + 5)
+// A chunk's place is bits of its number.
+static_assert((CHUNKS_HELD & (CHUNKS_HELD - 1)) == 0 && (SUMS_HELD & (SUMS_HELD - 1)) == 0);
 // Threads that copy the values of a kind; each copies of every second kind.
 #define COPYING (STEPS * TILE / COPIED)
 
@@ -138,12 +140,12 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         Two two = make_two(now, 0);
         unsigned char* last_sums = sums;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            unsigned char* to = sums + (chunk & SUMS_HELD - 1) * 2 * A_SUM;
+            unsigned char* to = sums + (chunk & (SUMS_HELD - 1)) * 2 * A_SUM;
 #pragma unroll
             for (int g = 0; g < GROUPS; ++g) {
                 bool ends = g == GROUPS - 1;
                 if (ends) __syncthreads();
-                Group next = load_group(memory + (chunk + ends & 1) * HALF, ends ? 0 : g + 1);
+                Group next = load_group(memory + ((chunk + ends) & 1) * HALF, ends ? 0 : g + 1);
                 if (g * EIGHT % SCAN_CHUNK == 0) save();
 #pragma unroll
                 for (int i = 0; i < EIGHT / 2; ++i) {
@@ -193,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
                                      halves(c, first, tile.c + from_value, STEPS)};
     unsigned char* raw = shared + TILES * A_TILE + role.tile * (A_KIND / TILES);
     auto fetch = [&](int chunk) {
-        unsigned char* to = raw + (chunk & CHUNKS_HELD - 1) * KINDS * A_KIND + odd * A_KIND + copied * 16;
+        unsigned char* to = raw + (chunk & (CHUNKS_HELD - 1)) * KINDS * A_KIND + odd * A_KIND + copied * 16;
         bool inside = chunk * STEPS + of_token < len;
 #pragma unroll
         for (int k = 0; k < 3; ++k)
@@ -202,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
     };
     // This thread's values of a kind.
     auto values_of = [&](int chunk, int kind) {
-        return raw + ((chunk & CHUNKS_HELD - 1) * KINDS + kind) * A_KIND + role.thread * SHARE * 2;
+        return raw + ((chunk & (CHUNKS_HELD - 1)) * KINDS + kind) * A_KIND + role.thread * SHARE * 2;
     };
     auto prepare = [&](int chunk) {
         Raw<T_U, SHARE> of_u;
@@ -238,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(TILES * (STEPPING + PREPARING), 1)
         Raw<T_P, SHARE> of_z;
         of_u.load_from(values_of(chunk, OF_U));
         of_z.load_from(values_of(chunk, OF_Z));
-        unsigned char* sums = memory + SUMS + (chunk & SUMS_HELD - 1) * 2 * A_SUM + row_of(t) + first_own * 4;
+        unsigned char* sums = memory + SUMS + (chunk & (SUMS_HELD - 1)) * 2 * A_SUM + row_of(t) + first_own * 4;
         float y[SHARE];
 #pragma unroll
         for (int i = 0; i < SHARE; ++i) {

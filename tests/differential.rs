@@ -387,8 +387,8 @@ fn ways(module: &ModuleKey) -> impl Iterator<Item = String> {
     module.source.kernels().map(move |kernel| format!("{kernel} of {file}{way}"))
 }
 
-/// An H100 and the card before it, which has other kernels of attention, both with rough exponentials: between them the cases launch every kernel of every
-/// file, in every way that the host side may ask for.
+/// An H100 and the card before it, which has other kernels of attention, both with rough exponentials: between them the cases
+/// launch every kernel of every file, in every way that the host side may ask for.
 #[test]
 fn cases_launch_every_kernel_and_agree_with_the_reference() {
     let (mut all, mut launched) = (BTreeSet::new(), BTreeSet::new());
